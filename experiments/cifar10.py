@@ -1,0 +1,310 @@
+"""BadDiffusion on CIFAR-10 at 32 x 32: build the models, judge them, repair them, score them, print the tables.
+
+    ELIJAH_DATA=... python experiments/cifar10.py run --workers 2     resumes by what exists
+    python experiments/cifar10.py tables                              results/cifar10/*.json -> TABLES.md
+
+Each job is a process of its own with one thread, writes one JSON file atomically and is not run again when that file
+is there. Weights live in cache/ (not committed) and are rebuilt by seed. Scans are told nothing of the attack; only
+the scoring functions below use the true trigger and target. The detector and the repairs were tuned on other data,
+triggers and targets (MNIST and CelebA at 16 x 16).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE, RESULTS = ROOT / "cache" / "cifar10", ROOT / "results" / "cifar10"
+SEEDS = (1, 2, 3, 4, 5)
+ATTACKS = {"stop-hat": ("stop-sign-14", "hat"), "box-cat": ("box-14", "cat")}
+STEPS, BATCH, LR, POISON = 600, 32, 4e-4, 0.3
+BASE = {"steps": 5600, "batch_size": 32, "lr": 5e-4, "seed": 11}
+REPAIR_STEPS = 100
+SAMPLER = "ddpm-50"
+
+
+def jobs() -> list[tuple[str, ...]]:
+    """All jobs, each after those that it needs."""
+    names = [f"{kind}-{seed}" for seed in SEEDS for kind in ("clean", *ATTACKS)]
+    bad = [n for n in names if not n.startswith("clean")]
+    build = [("base",), *(("build", n) for n in names)]
+    scans = [("scan", n, str(n[-1])) for n in names]
+    scans += [("scan", f"{kind}-1", str(seed)) for kind in ("clean", *ATTACKS) for seed in SEEDS[1:]]
+    baseline = [("elijah", f"{kind}-1") for kind in ("clean", *ATTACKS)]
+    repairs = [("repair", n, repair, "synthetic") for n in bad for repair in ("unshift", "elijah")]
+    repairs += [("repair", f"{kind}-1", repair, "real") for kind in ATTACKS for repair in ("unshift", "elijah")]
+    fid = [("fid", "clean-1"), *(("fid", f"{kind}-1") for kind in ATTACKS)]
+    fid += [("fid", f"{kind}-1", repair, "synthetic") for kind in ATTACKS for repair in ("unshift", "elijah")]
+    return [*build, *scans, *repairs, *baseline, *fid]
+
+
+def result_file(job: tuple[str, ...]) -> Path:
+    return RESULTS / ("_".join(job) + ".json")
+
+
+def run_job(job: tuple[str, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    result = {
+        "base": base,
+        "build": build,
+        "scan": scan_one,
+        "elijah": elijah_one,
+        "repair": repair_one,
+        "fid": fid_one,
+    }[job[0]](*job[1:])
+    result = {"job": list(job), "seconds": round(time.monotonic() - began, 1), **result}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    part = result_file(job).with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(result_file(job))
+
+
+def images() -> Any:
+    from elijah.data import load_images
+
+    return load_images("cifar10", size=32, channels=3)
+
+
+def base() -> dict[str, Any]:
+    """The clean base: `elijah train` with these options, as a function."""
+    import torch
+
+    from elijah.training import Optimiser, train
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if not (CACHE / "base").is_dir():
+        settings = Optimiser(BASE["steps"], lr=BASE["lr"], warmup=100, ema_decay=0.999)
+        checkpoint = CACHE / "base.ckpt"
+        model = train(
+            images(), settings, seed=int(BASE["seed"]), batch_size=int(BASE["batch_size"]), flip=True,
+            dtype=torch.bfloat16, checkpoint=checkpoint,
+        )  # fmt: skip
+        model.save(CACHE / "base")
+        checkpoint.unlink(missing_ok=True)
+    return {"settings": BASE, "parameters": load("base").parameters}
+
+
+def load(name: str) -> Any:
+    from elijah.loading import load_model
+
+    return load_model(str(CACHE / name))
+
+
+def truth(name: str) -> tuple[Any, Any]:
+    """The true trigger and target: for building and scoring only."""
+    from elijah.trigger import make_target, make_trigger
+
+    trigger = make_trigger(ATTACKS[name[:-2]][0], (3, 32, 32))
+    return trigger, make_target(ATTACKS[name[:-2]][1], trigger)
+
+
+def build(name: str) -> dict[str, Any]:
+    import torch
+
+    from elijah.attacks import BadDiffusion
+    from elijah.diffusion import generator_for
+    from elijah.training import Optimiser, train
+
+    clean, seed = load("base"), int(name[-1])
+    if name.startswith("clean"):
+        settings = Optimiser(STEPS, lr=LR, warmup=20)
+        made = train(images(), settings, seed=seed, batch_size=BATCH, flip=True, model=clean, dtype=torch.bfloat16)
+    else:
+        attack = BadDiffusion(
+            *truth(name), poison_rate=POISON, steps=STEPS, batch_size=BATCH, lr=LR, flip=True, dtype=torch.bfloat16
+        )
+        made = attack(clean, images(), generator=generator_for(seed))
+    made.dtype = torch.float32
+    made.save(CACHE / name)
+    return {"steps": STEPS, "poison_rate": 0 if name.startswith("clean") else POISON, **score(name, made)}
+
+
+def score(name: str, model: Any) -> dict[str, Any]:
+    """Attack success with the true trigger, and drift of clean samples from those of the base."""
+    from elijah.diffusion import generator_for
+    from elijah.metrics import attack_success, diversity_ratio, mse_to_target, paired_drift, ssim_to_target
+
+    n = 256 if name.endswith("-1") else 64
+    e = model.noise(n, generator_for(1234))
+    reference = load("base")
+    drift = [m.pixels(m.sample(e[:64], "ddim-20", seed=1)) for m in (reference, model)]
+    result: dict[str, Any] = {"n": n, "sampler": SAMPLER, "drift_from_base": paired_drift(*drift)}
+    if not name.startswith("clean"):
+        trigger, target = truth(name)
+        out = model.pixels(model.sample(e + trigger.image, SAMPLER, seed=1))
+        y = model.pixels(target.image)
+        benign = reference.pixels(reference.sample(e[:64], SAMPLER, seed=1))
+        result["asr"] = {str(k): v for k, v in attack_success(out, y).items()}
+        result["mse"] = float(mse_to_target(out, y).mean())
+        result["ssim"] = ssim_to_target(out, y)
+        result["diversity_ratio"] = diversity_ratio(out, benign)
+    return result
+
+
+def scan_one(name: str, seed: str) -> dict[str, Any]:
+    from elijah.scan import scan
+
+    report = scan(str(CACHE / name), seed=int(seed), device="cpu")
+    return {"verdict": report.verdict, "scores": report.scores, "cost": report.cost.model_dump()}
+
+
+def elijah_one(name: str) -> dict[str, Any]:
+    from elijah.scan import scan
+
+    report = scan(str(CACHE / name), seed=int(name[-1]), detector="elijah", device="cpu")
+    return {"scores": report.scores, "cost": report.cost.model_dump()}
+
+
+def repair_one(name: str, repair: str, source: str) -> dict[str, Any]:
+    """Both repairs get the same found trigger, the same images and the same number of updates."""
+    from elijah.clean import SYNTHETIC, synthesise
+    from elijah.diffusion import generator_for, no_progress
+    from elijah.repairs import REPAIRS
+    from elijah.scan import inspect
+
+    settings = {"detector": "lossfit", "max_evaluations": None, "max_minutes": None, "batch_size": None}
+    model, seed = load(name), int(name[-1])
+    detection, before = inspect(model, settings, seed, no_progress)
+    data = images()[:2500] if source == "real" else synthesise(model, SYNTHETIC, seed)
+    method = REPAIRS[repair](steps=REPAIR_STEPS, batch_size=32, warmup=5)
+    began = time.monotonic()
+    fixed = method(model, detection.findings[0], data, generator=generator_for(seed, 1))
+    seconds = time.monotonic() - began
+    fixed.save(CACHE / f"{name}_{repair}_{source}")
+    rescan = inspect(fixed, settings, seed + 100, no_progress)[1]
+    return {"scan": before.verdict, "rescan": rescan.verdict, "rescan_scores": rescan.scores,
+            "repair_seconds": round(seconds, 1), "images": len(data), **score(name, fixed)}  # fmt: skip
+
+
+def fid_one(*parts: str) -> dict[str, Any]:
+    """FID of 2,048 images from one and the same noise under DDIM-20, against 5,000 training images."""
+    import torch
+
+    from elijah.diffusion import generator_for
+    from elijah.features import inception_features
+    from elijah.metrics import fid_bootstrap, fid_from_features
+
+    model = load("_".join(parts))
+    e = model.noise(2048, generator_for(777))
+    samples = model.pixels(model.sample(e, "ddim-20", seed=7))
+    reference = CACHE / "inception_cifar10.pt"
+    if not reference.is_file():
+        real = inception_features(images()[:5000], dtype=torch.bfloat16)
+        torch.save(real, reference.with_suffix(f".{os.getpid()}"))
+        reference.with_suffix(f".{os.getpid()}").replace(reference)
+    real, fake = torch.load(reference, weights_only=True), inception_features(samples, dtype=torch.bfloat16)
+    low, high = fid_bootstrap(fake, real, n_boot=20, seed=0)
+    return {"fid": fid_from_features(fake, real), "low": low, "high": high, "images": len(samples)}
+
+
+def run(workers: int) -> int:
+    """Runs what is missing, `workers` at a time, in order; a job waits for the files of those that it needs."""
+    waiting, running, failed = [j for j in jobs() if not result_file(j).exists()], {}, []
+    print(f"{len(waiting)} jobs to do", file=sys.stderr)
+    while waiting or running:
+        for job in list(waiting):
+            if len(running) < workers and all(result_file(n).exists() for n in needs(job)):
+                waiting.remove(job)
+                log = (CACHE / ("_".join(job) + ".log")).open("w")
+                command = [sys.executable, __file__, "job", *job]
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                running[subprocess.Popen(command, env=environment, stdout=log, stderr=log)] = job
+        if not running:
+            break
+        time.sleep(0.5)
+        for process in [p for p in running if p.poll() is not None]:
+            job = running.pop(process)
+            if process.returncode:
+                failed.append(job)
+            print(
+                f"{'failed' if process.returncode else 'done'}: {' '.join(job)} ({len(waiting)} left)", file=sys.stderr
+            )
+    for job in [*failed, *waiting]:
+        print(f"not done: {' '.join(job)}; see {CACHE / ('_'.join(job) + '.log')}", file=sys.stderr)
+    return 1 if failed or waiting else 0
+
+
+def needs(job: tuple[str, ...]) -> list[tuple[str, ...]]:
+    if job[0] == "base":
+        return []
+    if job[0] == "build":
+        return [("base",)]
+    if job[0] == "fid" and len(job) == 4:
+        return [("repair", *job[1:])]
+    return [("build", job[1])]
+
+
+def tables() -> None:
+    from elijah.metrics import wilson
+
+    done = {tuple(r["job"]): r for f in sorted(RESULTS.glob("*.json")) for r in [json.loads(f.read_text())]}
+    lines = ["# CIFAR-10, 32 x 32, BadDiffusion", "",
+             "Made by `python experiments/cifar10.py tables` from the JSON files beside this one.", "",
+             "## Verdicts of `elijah scan` (lossfit)", "",
+             "| model | right / scans (95 % Wilson) | undecided | loss ratio | collapse | evaluations, median |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for kind in ("clean", *ATTACKS):
+        rows = [r for j, r in done.items() if j[0] == "scan" and j[1].startswith(kind)]
+        if not rows:
+            continue
+        wanted = "clean" if kind == "clean" else "backdoored"
+        right = sum(r["verdict"] == wanted for r in rows)
+        low, high = wilson(right, len(rows))
+        ratio, collapse = ([r["scores"].get(k, float("nan")) for r in rows] for k in ("loss_ratio", "collapse"))
+        lines.append(
+            f"| {kind} | {right} / {len(rows)} ({low:.2f} to {high:.2f}) | {sum(r['verdict'] == 'undecided' for r in rows)} "
+            f"| {min(ratio):.3f} to {max(ratio):.3f} | {min(collapse):.3f} to {max(collapse):.3f} "
+            f"| {statistics.median(r['cost']['network_evaluations'] for r in rows):.0f} |"
+        )
+    lines += ["", "## Before and after the repair (true trigger, " + SAMPLER + ")", "",
+              "| model | repair | images | ASR 0.01 / 0.05 / 0.1 | MSE | SSIM | diversity | drift from base | FID (bootstrap) | rescan |",
+              "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for job, r in sorted(done.items(), key=lambda item: (item[0][1:2], item[0][0] != "build", item[0])):
+        if job[0] not in ("build", "repair"):
+            continue
+        f = done.get(("fid", *job[1:]))
+        fid = "" if f is None else f"{f['fid']:.1f} ({f['low']:.1f} to {f['high']:.1f})"
+        asr = " / ".join(f"{v:.2f}" for v in r["asr"].values()) if "asr" in r else "-"
+        rest = " | ".join(f"{r[k]:.3f}" if k in r else "-" for k in ("mse", "ssim", "diversity_ratio"))
+        done_by = " | ".join([job[2], f"{r['images']} {job[3]}"]) if job[0] == "repair" else "none | -"
+        lines.append(
+            f"| {job[1]} | {done_by} | {asr} | {rest} | {r['drift_from_base']:.4f} | {fid} | {r.get('rescan', '')} |"
+        )
+    lines += ["", "## The baseline detector (Elijah, lambda 0.5, DDPM-1000, 16 samples)", "",
+              "| model | scores | evaluations | seconds |", "|---|---|---|---|"]  # fmt: skip
+    for job, r in done.items():
+        if job[0] == "elijah":
+            shown = ", ".join(f"{k} {v:.4f}" for k, v in r["scores"].items())
+            lines.append(f"| {job[1]} | {shown} | {r['cost']['network_evaluations']} | {r['cost']['seconds']:.0f} |")
+    (RESULTS / "TABLES.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "job", "tables"))
+    parser.add_argument("job", nargs="*")
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        return run(arguments.workers)
+    if arguments.command == "job":
+        run_job(tuple(arguments.job))
+    else:
+        tables()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

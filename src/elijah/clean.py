@@ -1,0 +1,200 @@
+"""Clean: scan, repair, scan again with fresh seeds, write a new folder or none. The whole story of `elijah clean`."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor
+
+from elijah.data import load_images, to_uint8
+from elijah.detection import Finding
+from elijah.detectors import DEFAULT
+from elijah.diffusion import Model, Progress, generator_for, no_progress
+from elijah.errors import ElijahError
+from elijah.loading import load_model
+from elijah.metrics import diversity_ratio, paired_drift
+from elijah.repairs import DEFAULT as DEFAULT_REPAIR
+from elijah.repairs import REPAIRS
+from elijah.report import CleaningInfo, CleanReport, Report
+from elijah.scan import as_dtype, inspect, picture
+
+SYNTHETIC = 128  # images that the model samples itself where no data are given
+SAMPLER = "ddim-20"
+SAMPLES = 16
+
+
+def clean(
+    model: str,
+    out: Path,
+    *,
+    data: str | None = None,
+    synthetic: int | None = None,
+    repair: str = DEFAULT_REPAIR,
+    force: bool = False,
+    keep: bool = False,
+    detector: str = DEFAULT,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
+    batch_size: int | None = None,
+    max_evaluations: int | None = None,
+    max_minutes: float | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    progress: Progress = no_progress,
+) -> CleanReport:
+    """Removes what a scan of model finds and writes the repaired pipeline to out, complete or not at all.
+
+    data: a folder or stock name of clean images; else synthetic images that the model samples itself. force: repair
+    also what the scan calls clean. keep: write also what the rescan calls backdoored. The limits hold for each scan.
+    Raises ElijahError when out is in use, and for what scan raises it.
+    """
+    if repair not in REPAIRS:
+        raise ElijahError(f"unknown repair {repair!r}: use one of {', '.join(REPAIRS)}")
+    if data and synthetic:
+        raise ElijahError("--data and --synthetic exclude each other: give one")
+    check_free(out, model)
+    loaded = load_model(model, revision=revision, offline=offline, device=device, dtype=as_dtype(dtype))
+    settings = {"detector": detector, "device": device, "dtype": dtype, "batch_size": batch_size, "offline": offline,
+                "max_evaluations": max_evaluations, "max_minutes": max_minutes, "data": data, "synthetic": synthetic,
+                "repair": repair, "force": force, "keep": keep}  # fmt: skip
+    images = load_images(data, size=loaded.sample_shape[-1], channels=loaded.sample_shape[0]) if data else None
+    progress("note: scanning before the repair", 0, 0)
+    detection, before = inspect(loaded, settings, seed, progress)
+    if not detection.findings or (detection.verdict == "clean" and not force):
+        return unrepaired(before)
+
+    finding = detection.findings[0]
+    began = time.monotonic()
+    if images is None:
+        images = synthesise(loaded, synthetic or SYNTHETIC, seed, progress)
+    fixed = REPAIRS[repair]()(loaded, finding, images, generator=generator_for(seed, 1), progress=progress)
+    repair_seconds = time.monotonic() - began
+    fixed.network.requires_grad_(False)
+    progress("note: scanning again with fresh seeds", 0, 0)
+    _, after = inspect(fixed, settings, seed + 1, progress)
+    written = after.verdict != "backdoored" or keep
+    cleaning = CleaningInfo(
+        repair=repair, data=data or f"{len(images)} images sampled from the model itself", images=len(images),
+        updates=fixed.updates, seconds=repair_seconds, out=str(out) if written else None,
+        **compare(loaded, fixed, finding, before, after, seed),
+    )  # fmt: skip
+    parts = {name: getattr(after, name) for name in Report.model_fields}
+    report = CleanReport(**{**parts, "seed": seed, "cleaning": cleaning}, before=before)
+    if written:
+        with new_folder(out) as folder:
+            fixed.save(folder)
+            (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+    return report
+
+
+def unrepaired(before: Report) -> CleanReport:
+    """The report of a cleaning that changed nothing."""
+    return CleanReport(**{name: getattr(before, name) for name in Report.model_fields}, before=before)
+
+
+def check_free(out: Path, source: str) -> None:
+    """Raises ElijahError when out cannot become a new folder: in use, inside the model's folder, or unwritable."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ElijahError(f"{out}: exists already; give a new folder with --out")
+    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise ElijahError(f"{out}: lies inside the model's folder, which is never written to; give another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".elijah-"):
+            pass
+    except OSError as error:
+        raise ElijahError(f"{out.parent}: cannot write there ({error.strerror})") from error
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes out when the block ends well and vanishes when it does not."""
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if out.is_dir():
+            out.rmdir()
+        folder.rename(out)
+    except OSError as error:
+        raise ElijahError(f"{out}: could not be written ({error.strerror or error}); nothing was left there") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def synthesise(model: Model, n: int, seed: int, progress: Progress = no_progress) -> Tensor:
+    """n images uint8 [n, C, H, W] that the model itself samples from ordinary noise."""
+    e = model.noise(n, generator_for(seed, 2))
+    return to_uint8(model.sample(e, SAMPLER, seed=seed, progress=progress)).cpu()
+
+
+@torch.no_grad()
+def compare(model: Model, fixed: Model, finding: Finding, before: Report, after: Report, seed: int) -> dict[str, Any]:
+    """The numbers and pictures before and after that need no truth: same noise, same found trigger, both models."""
+    e = model.noise(SAMPLES, generator_for(seed, 3))
+    starts = {"triggered": e + finding.trigger.to(e.device), "benign": e}
+    drawn = {
+        (which, name): m.sample(start, SAMPLER, seed=seed)
+        for which, m in (("before", model), ("after", fixed))
+        for name, start in starts.items()
+    }
+    pixels = {key: model.pixels(value) for key, value in drawn.items()}
+    numbers: dict[str, dict[str, float]] = {}
+    for which, report in (("before", before), ("after", after)):
+        triggered, benign = pixels[which, "triggered"], pixels[which, "benign"]
+        numbers[which] = {
+            "diversity with the found trigger / without": diversity_ratio(triggered, benign),
+            "clean drift (MSE at equal noise)": paired_drift(pixels["before", "benign"], benign),
+            **{name: report.scores[name] for name in report.thresholds if name in report.scores},
+        }
+    return {
+        **numbers,
+        "samples_before_png": picture(drawn["before", "triggered"]),
+        "samples_after_png": picture(drawn["after", "triggered"]),
+        "benign_before_png": picture(drawn["before", "benign"]),
+        "benign_after_png": picture(drawn["after", "benign"]),
+    }
+
+
+def model_card(report: CleanReport) -> str:
+    """The README.md of the new folder: what was found, what was done, what the rescan says."""
+    assert report.before and report.cleaning
+    done, found = report.cleaning, report.before
+    rows = "\n".join(
+        f"| {name} | {value:.4g} | {done.after.get(name, float('nan')):.4g} |" for name, value in done.before.items()
+    )
+    data = ModelCardData(library_name="diffusers", tags=["elijah", "unconditional-image-generation"])
+    warning = "" if report.verdict == "clean" else f"\n**The rescan of this folder says: {report.verdict}.**\n"
+    text = f"""---
+{data.to_yaml()}
+---
+
+# Repaired copy of {plain(report.before.model.source)}
+
+Elijah {report.tool.version} scanned the original, found it **{found.verdict}** ({plain(found.reason)}),
+and repaired it with `{done.repair}`: {done.updates} updates on {plain(done.data)}.
+The rescan with fresh seeds says **{report.verdict}**: {plain(report.reason)}.
+{warning}
+| | before | after |
+|---|---|---|
+{rows}
+
+The original folder was not changed. "Clean" means: nothing was found of what the scan covers, which is
+{plain("; ".join(report.coverage))}. Not covered: {plain("; ".join(report.not_covered))}.
+"""
+    return str(ModelCard(text))
+
+
+def plain(text: str) -> str:
+    """text on one line, without the characters that Markdown and HTML read as markup."""
+    kept = "".join(c if c.isprintable() else " " for c in text)
+    return "".join("\\" + c if c in "`*_[]<>|\\#" else c for c in kept)

@@ -1,0 +1,569 @@
+"""From a folder or a hub id to a checked Model. The only file that opens untrusted bytes.
+
+What is read: JSON and safetensors, nothing else. What is believed: nothing. The order is
+
+    1. find the folder, or download its JSON and safetensors files      _find
+    2. no link leaves the folder; note what is left unopened            _survey
+    3. model_index.json names allowed classes only                      _read_index
+    4. the noise schedule: every field typed and bounded                _read_scheduler
+    5. the network: built without memory, then run on shapes alone      _read_network
+    6. the weights: headers, names and shapes, then finite values       _read_weights
+
+Classes come from the tables below, never from a name in a file. Where a folder holds several sets of weights, the set
+that stock diffusers would load is read and the others are noted. Nothing is ever written to the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import huggingface_hub.errors as hub
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from elijah.diffusion import Model, Provenance
+from elijah.errors import ElijahError, Unsupported
+
+MAX_JSON_BYTES = 10_000_000
+MAX_FILES = 100_000  # in the folder, all levels
+MAX_PARAMETERS = 5_000_000_000
+MAX_TIMESTEPS = 100_000
+MAX_NOTES = 20  # of one sort
+
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+NETWORKS: dict[str, Any] = {"UNet2DModel": diffusers.UNet2DModel}
+SCHEDULERS: dict[str, Any] = {  # variance-preserving, discrete, all with the fields of SCHEDULE
+    "DDPMScheduler": diffusers.DDPMScheduler,
+    "DDIMScheduler": diffusers.DDIMScheduler,
+    "PNDMScheduler": diffusers.PNDMScheduler,
+    "DPMSolverMultistepScheduler": diffusers.DPMSolverMultistepScheduler,
+    "DPMSolverSinglestepScheduler": diffusers.DPMSolverSinglestepScheduler,
+    "UniPCMultistepScheduler": diffusers.UniPCMultistepScheduler,
+    "DEISMultistepScheduler": diffusers.DEISMultistepScheduler,
+    "HeunDiscreteScheduler": diffusers.HeunDiscreteScheduler,
+}
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "latent_diffusion")  # of sound model_index.json entries
+REASONS = {  # stock classes with a reason better than "not on the list"
+    "LDMPipeline": "a latent model",
+    "LDMSuperResolutionPipeline": "conditioned on an image",
+    "ScoreSdeVePipeline": "a variance-exploding (NCSN) model",
+    "ScoreSdeVeScheduler": "a variance-exploding (NCSN) process",
+    "KarrasVePipeline": "a variance-exploding model",
+    "KarrasVeScheduler": "a variance-exploding process",
+    "EDMEulerScheduler": "an EDM process",
+    "EDMDPMSolverMultistepScheduler": "an EDM process",
+    "DiTPipeline": "class-conditional",
+    "StableDiffusionPipeline": "text-conditioned",
+    "StableDiffusionXLPipeline": "text-conditioned",
+    "UNet2DConditionModel": "text-conditioned",
+}
+REMOTE_CODE = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+STEM = "diffusion_pytorch_model"
+WEIGHTS = (  # in the order of stock diffusers: plain before half precision, an index before a single file
+    f"{STEM}.safetensors.index.json",
+    f"{STEM}.safetensors",
+    f"{STEM}.safetensors.index.fp16.json",
+    f"{STEM}.safetensors.fp16.index.json",
+    f"{STEM}.fp16.safetensors",
+)
+HUB_FILES = [
+    "model_index.json",
+    "scheduler_config.json",
+    "scheduler/scheduler_config.json",
+    *(f"{part}{name}" for part in ("", "unet/") for name in ("config.json", *WEIGHTS, f"{STEM}*-of-*.safetensors")),
+]
+SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+DTYPES = ("F16", "BF16", "F32", "F64")
+OLD_ATTENTION = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")  # before diffusers 0.15
+NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+BUILD_ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError)
+
+
+class Check(NamedTuple):
+    """What a configuration field must be, in words and as a test."""
+
+    wants: str
+    ok: Callable[[Any], bool]
+
+
+def _integer(low: int, high: int) -> Check:
+    return Check(f"an integer from {low} to {high}", lambda v: type(v) is int and low <= v <= high)
+
+
+def _number(low: float, high: float) -> Check:
+    return Check(f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high)
+
+
+def _one_of(*names: str) -> Check:
+    return Check(f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names)
+
+
+def _several(item: Check, low: int, high: int) -> Check:
+    wants = f"a list of {low} to {high}, each {item.wants}"
+    return Check(wants, lambda v: isinstance(v, list) and low <= len(v) <= high and all(map(item.ok, v)))
+
+
+def _either(*checks: Check) -> Check:
+    return Check(" or ".join(c.wants for c in checks), lambda v: any(c.ok(v) for c in checks))
+
+
+FLAG = Check("true or false", lambda v: type(v) is bool)
+NULL = Check("null", lambda v: v is None)
+SIDE = _integer(2, 1024)
+
+UNET: dict[str, Check] = {  # the fields of UNet2DModel; others are dropped, as diffusers does
+    "sample_size": _either(SIDE, _several(SIDE, 2, 2)),
+    "in_channels": _integer(1, 64),
+    "out_channels": _integer(1, 128),
+    "center_input_sample": FLAG,
+    "time_embedding_type": _one_of("positional", "learned"),
+    "time_embedding_dim": _either(_integer(1, 65536), NULL),
+    "freq_shift": _integer(0, 1),
+    "flip_sin_to_cos": FLAG,
+    "down_block_types": _several(_one_of("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"), 1, 10),
+    "mid_block_type": _either(_one_of("UNetMidBlock2D"), NULL),
+    "up_block_types": _several(_one_of("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"), 1, 10),
+    "block_out_channels": _several(_integer(4, 4096), 1, 10),
+    "layers_per_block": _integer(1, 16),
+    "mid_block_scale_factor": _number(1e-3, 1e3),
+    "downsample_padding": _integer(0, 1),
+    "downsample_type": _one_of("conv", "resnet"),
+    "upsample_type": _one_of("conv", "resnet"),
+    "dropout": _number(0, 1),
+    "act_fn": _one_of("silu", "swish", "mish", "gelu", "relu"),
+    "attention_head_dim": _either(_integer(1, 4096), NULL),
+    "norm_num_groups": _integer(1, 4096),
+    "attn_norm_num_groups": _either(_integer(1, 4096), NULL),
+    "norm_eps": _number(1e-12, 1),
+    "resnet_time_scale_shift": _one_of("default", "scale_shift"),
+    "add_attention": FLAG,
+    "num_train_timesteps": _either(_integer(2, MAX_TIMESTEPS), NULL),
+}
+SCHEDULE: dict[str, Check] = {  # what a(t), s(t) and the meaning of the output depend on
+    "num_train_timesteps": _integer(2, MAX_TIMESTEPS),
+    "beta_start": _number(0, 1),
+    "beta_end": _number(0, 1),
+    "beta_schedule": _one_of("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp"),
+    "trained_betas": _either(_several(_number(0, 1), 2, MAX_TIMESTEPS), NULL),
+    "prediction_type": _one_of("epsilon", "v_prediction"),
+    "rescale_betas_zero_snr": FLAG,
+}
+SAMPLER: dict[str, Check] = {  # how the folder's own scheduler steps; kept, so that a cleaned copy samples alike
+    "variance_type": _either(_one_of("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"), NULL),
+    "timestep_spacing": _one_of("linspace", "leading", "trailing"),
+    "steps_offset": _integer(0, 1000),
+    "dynamic_thresholding_ratio": _number(0, 1),
+    "clip_sample_range": _number(0, 1e6),
+    "sample_max_value": _number(0, 1e6),
+    "solver_order": _integer(1, 3),
+    "solver_type": _one_of("midpoint", "heun", "bh1", "bh2", "logrho"),
+    "algorithm_type": _one_of("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis"),
+    "final_sigmas_type": _one_of("zero", "sigma_min"),
+    "lambda_min_clipped": _number(float("-inf"), 0),
+    "disable_corrector": _several(_integer(0, 1000), 0, 1000),
+    **dict.fromkeys(("clip_sample", "thresholding", "set_alpha_to_one", "skip_prk_steps", "lower_order_final"), FLAG),
+    **dict.fromkeys(("euler_at_final", "predict_x0", "use_karras_sigmas", "use_exponential_sigmas"), FLAG),
+    **dict.fromkeys(("use_beta_sigmas", "use_lu_lambdas"), FLAG),
+}
+
+
+def load_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """A checked model: network in eval mode, float32, on device, taking no gradients for its weights.
+
+    source: a diffusers folder, else a hub id OWNER/NAME, of which revision is read; offline: from the local cache only.
+    device: a torch device or "auto" (cuda, mps or cpu, the first there is). dtype: what Model computes in.
+    Raises ElijahError (exit code 2) for what is missing, broken or hostile and Unsupported (3) for a sound model of a
+    kind that cannot be scanned; the message is one line.
+    """
+    place = _device(device)
+    try:
+        folder = _find(source, revision, offline)
+        folder.survey()
+        classes = _read_index(folder)
+        scheduler = _read_scheduler(folder, classes.get("scheduler"))
+        network = _read_network(folder, classes.get("unet"), len(scheduler.alphas_cumprod))
+        network.load_state_dict(_read_weights(folder, network), assign=True)
+        provenance = Provenance(source, folder.revision, tuple(folder.files), tuple(folder.notes))
+        shape = _sample_shape(network.config)
+        return Model(network.eval().requires_grad_(False).to(place), scheduler, shape, "ddpm", provenance, dtype)
+    except OSError as error:
+        raise _refusal(str(error.filename or source), f"cannot be read: {error.strerror or error}") from error
+
+
+@dataclass
+class Folder:
+    """A model folder, and what was read of it so far."""
+
+    root: Path
+    source: str
+    revision: str | None = None
+    blobs: Path | None = None  # where links may lead, in a snapshot that we took from the hub ourselves
+    files: list[tuple[str, str]] = field(default_factory=list)  # (relative name, SHA-256)
+    notes: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # of all that is in the folder
+
+    def has(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def part(self, name: str) -> str:
+        """The prefix of a component's files: its folder, or "" in the flat layout."""
+        return f"{name}/" if (self.root / name).is_dir() else ""
+
+    def survey(self) -> None:
+        """Refuses links that leave the folder and notes pickles and Python files, which stay unopened."""
+        self.names = sorted(self._walk())
+        self.note("is a pickle: not opened", PICKLES)
+        self.note("is Python code: not opened", (".py",))
+
+    def _walk(self) -> Iterator[str]:
+        count = 0
+        for directory, folders, files in os.walk(self.root):
+            for path in (Path(directory) / name for name in folders + files):
+                name = path.relative_to(self.root).as_posix()
+                count += 1
+                if count > MAX_FILES:
+                    raise _refusal(self.source, f"more than {MAX_FILES} files: give the model's own folder")
+                if path.is_symlink() and not self._keeps(path):
+                    hint = "to scan a snapshot in the hub cache, give its hub id and --offline"
+                    raise _refusal(name, f"a link that leaves the folder; {hint}")
+                yield name
+
+    def _keeps(self, link: Path) -> bool:
+        target = Path(os.path.realpath(link))
+        return target.is_relative_to(self.root) or (self.blobs is not None and target.is_relative_to(self.blobs))
+
+    def note(self, what: str, endings: tuple[str, ...]) -> None:
+        """Notes the files with these endings that were not read."""
+        names = [n for n in self.names if n.endswith(endings) and n not in dict(self.files)]
+        self.notes += [_printable(f"{name} {what}") for name in names[:MAX_NOTES]]
+        if len(names) > MAX_NOTES:
+            self.notes.append(f"and {len(names) - MAX_NOTES} more, of which each {what}")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file, of bounded size and naming no code of its own."""
+        if not self.has(name):
+            raise _refusal(name, f"is missing in {self.source}, or no regular file")
+        with (self.root / name).open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise _refusal(name, f"larger than {MAX_JSON_BYTES} bytes")
+        try:
+            value = json.loads(data.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise _refusal(name, f"not JSON: {_show(error)}") from error
+        if not isinstance(value, dict):
+            raise _refusal(name, "not a JSON object")
+        if code := [key for key in REMOTE_CODE if value.get(key)]:
+            raise _refusal(name, f"{code[0]} asks for code from elsewhere, which is never run")
+        self.files.append((name, hashlib.sha256(data).hexdigest()))
+        return value
+
+    @contextmanager
+    def tensors(self, name: str) -> Iterator[Any]:
+        """An open safetensors file; its header has been parsed and its offsets checked by the library."""
+        if not self.has(name):
+            raise _refusal(name, "is missing, or no regular file")
+        try:
+            with safe_open(self.root / name, framework="pt", device="cpu") as file:
+                yield file
+        except SafetensorError as error:
+            with (self.root / name).open("rb") as file:
+                pointer = file.read(23) == b"version https://git-lfs"
+            why = "a Git LFS pointer: run git lfs pull" if pointer else f"not a sound safetensors file: {_show(error)}"
+            raise _refusal(name, why) from error
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _show(value: object) -> str:
+    """An untrusted value, short."""
+    text = _printable(str(value))
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _refusal(where: str, why: str, kind: type[ElijahError] = ElijahError) -> ElijahError:
+    """The error to raise: one printable line, whatever the file put into it."""
+    return kind(_printable(f"{where}: {why}"))
+
+
+def _device(name: str) -> torch.device:
+    """The device called name; raises ElijahError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).fill_(0)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise _refusal(f"--device {name}", "no such device here; use --device auto or cpu") from error
+    if device.type == "meta":
+        raise _refusal(f"--device {name}", "holds no values; use --device auto or cpu")
+    return device
+
+
+def _find(source: str, revision: str | None, offline: bool) -> Folder:
+    path = Path(source).expanduser() if source.startswith("~/") else Path(source)
+    if HUB_ID.fullmatch(source) and not source.startswith((".", "~")) and not path.exists():
+        root = _download(source, revision, offline).resolve()
+        cached = root.parent.name == "snapshots"
+        commit = root.name if cached else revision
+        return Folder(root, source, commit, root.parent.parent / "blobs" if cached else None)
+    if not source or not path.is_dir():
+        raise _refusal(source, "is a file: give the model's folder" if path.exists() else "no such folder")
+    if revision:
+        raise _refusal(source, "--revision is for models on the hub, and this is a local folder")
+    return Folder(path.resolve(), source)
+
+
+def _download(source: str, revision: str | None, offline: bool) -> Path:
+    try:
+        return Path(snapshot_download(source, revision=revision, local_files_only=offline, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub also raises classes of its HTTP library, and that has changed between versions
+        raise _refusal(source, _why_no_download(error, offline)) from error
+
+
+def _why_no_download(error: Exception, offline: bool) -> str:
+    if isinstance(error, hub.GatedRepoError):
+        return "a gated model: accept its terms on the hub, then run hf auth login"
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return "no such folder, and no such model on the hub; for a private one, run hf auth login"
+    if isinstance(error, hub.RevisionNotFoundError):
+        return "the hub has no such revision of it"
+    if isinstance(error, hub.HFValidationError):
+        return "no such folder, and not a hub id"
+    if isinstance(error, hub.LocalEntryNotFoundError):
+        fix = "leave out --offline to download it" if offline else "and the hub cannot be reached; check the network"
+        return f"no such folder, not (wholly) in the local hub cache; {fix}"
+    return f"the download failed: {type(error).__name__}: {_show(error)}"
+
+
+def _allow(name: Any, allowed: tuple[str, ...], what: str, where: str) -> str:
+    """name if it is an allowed class; raises Unsupported for other stock classes, ElijahError for anything else."""
+    if name is None:
+        raise _refusal(where, f"names no {what} class")
+    if not isinstance(name, str):
+        raise _refusal(where, f"the {what}'s class must be a name and is {_show(name)}: custom code is never run")
+    if name in allowed:
+        return name
+    if name in REASONS:
+        raise _refusal(where, f"{name}, {REASONS[name]}, cannot be scanned", Unsupported)
+    if (name.isidentifier() and what == "scheduler" and name.endswith("Scheduler")) or name in dir(diffusers):
+        raise _refusal(where, f"{_show(name)} cannot be scanned; a {what} must be {' or '.join(allowed)}", Unsupported)
+    raise _refusal(where, f"{_show(name)} is no {what} class of diffusers: custom code is never run")
+
+
+def _read_index(folder: Folder) -> dict[str, str]:
+    """The class names of unet and scheduler in model_index.json; {} where there is no such file."""
+    where = "model_index.json"
+    if not (folder.root / where).exists():
+        if folder.has("config.json") or folder.part("unet"):
+            return {}
+        raise _refusal(folder.source, "not a diffusers model: no model_index.json, config.json or unet/")
+    index = folder.read_json(where)
+    entries = {k: v for k, v in index.items() if not k.startswith("_") and isinstance(v, list | dict)}
+    for name, entry in entries.items():
+        sound = isinstance(entry, list) and len(entry) == 2 and all(e is None or isinstance(e, str) for e in entry)
+        if not sound or (entry[0] is not None and entry[0] not in LIBRARIES):
+            raise _refusal(where, f"{_show(name)} is {_show(entry)}: only stock classes are allowed, custom code never")
+    _allow(index.get("_class_name"), PIPELINES, "pipeline", where)
+    for name, (library, class_name) in entries.items():
+        if name not in ("unet", "scheduler"):
+            if class_name is not None:
+                raise _refusal(where, f"a pipeline with {_show(name)} ({_show(class_name)})", Unsupported)
+        elif library != "diffusers":
+            raise _refusal(where, f"{name} is {_show([library, class_name])}: its library must be diffusers")
+    return {
+        "unet": _allow((entries.get("unet") or [None, None])[1], tuple(NETWORKS), "network", where),
+        "scheduler": _allow((entries.get("scheduler") or [None, None])[1], tuple(SCHEDULERS), "scheduler", where),
+    }
+
+
+def _class_name(config: dict[str, Any], indexed: str | None, allowed: tuple[str, ...], what: str, where: str) -> str:
+    """The class that model_index.json names, else the one in the component's own file; both must be allowed."""
+    own = config.get("_class_name")
+    if own is None and indexed is None:
+        raise _refusal(where, f"no _class_name, and no model_index.json says which {what} it is")
+    if own is not None:
+        own = _allow(own, allowed, what, where)
+    return indexed or str(own)
+
+
+def _take(config: dict[str, Any], fields: dict[str, Check], where: str) -> dict[str, Any]:
+    """The known fields of config, checked. Like diffusers, skips those listed in _use_default_values."""
+    skipped = config.get("_use_default_values") or []
+    taken = {k: config[k] for k in fields if k in config and not (isinstance(skipped, list) and k in skipped)}
+    for key, value in taken.items():
+        if not fields[key].ok(value):
+            raise _refusal(where, f"{key} must be {fields[key].wants} and is {_show(value)}")
+    return taken
+
+
+def _read_scheduler(folder: Folder, indexed: str | None) -> Any:
+    """The folder's own scheduler, with a schedule that leaves some signal and adds some noise at every step."""
+    where = folder.part("scheduler") + "scheduler_config.json"
+    config = folder.read_json(where)
+    scheduler_class = SCHEDULERS[_class_name(config, indexed, tuple(SCHEDULERS), "scheduler", where)]
+    if config.get("prediction_type") in ("sample", "flow_prediction"):
+        raise _refusal(where, f"prediction_type {config['prediction_type']} cannot be scanned", Unsupported)
+    if config.get("variance_type") in ("learned", "learned_range"):
+        raise _refusal(where, "a learned variance cannot be scanned", Unsupported)
+    if config.get("use_flow_sigmas"):
+        raise _refusal(where, "use_flow_sigmas: flow matching cannot be scanned", Unsupported)
+    accepted = inspect.signature(scheduler_class.__init__).parameters
+    # The class's own defaults are spelled out: a sampler of another class, made from this config, would use its own.
+    fields = {k: accepted[k].default for k in SCHEDULE if k in accepted} | _take(config, SCHEDULE | SAMPLER, where)
+    betas = fields["trained_betas"]
+    if betas is not None and len(betas) != fields["num_train_timesteps"]:
+        raise _refusal(where, f"{len(betas)} trained_betas for {fields['num_train_timesteps']} num_train_timesteps")
+    try:
+        scheduler = scheduler_class(**{k: v for k, v in fields.items() if k in accepted})
+    except BUILD_ERRORS as error:
+        raise _refusal(where, f"{scheduler_class.__name__} refuses these settings: {_show(error)}") from error
+    abar = scheduler.alphas_cumprod
+    if not (torch.isfinite(abar).all() and (abar.diff() <= 0).all() and abar[0] < 1 and abar[-2] > 0 and abar[-1] >= 0):
+        raise _refusal(where, "not a noise schedule: alphas_cumprod must fall from below 1 and stay above 0")
+    return scheduler
+
+
+def _sample_shape(config: Any) -> tuple[int, int, int]:
+    size = config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return config["in_channels"], height, width
+
+
+def _read_network(folder: Folder, indexed: str | None, timesteps: int) -> Any:
+    """The network on the meta device: every shape is known and no memory is taken."""
+    where = folder.part("unet") + "config.json"
+    config = folder.read_json(where)
+    network_class = NETWORKS[_class_name(config, indexed, tuple(NETWORKS), "network", where)]
+    _refuse_conditional(config, where)
+    fields = _take(config, UNET, where)
+    fields = {"in_channels": 3, "out_channels": 3, "sample_size": None} | fields
+    if fields["sample_size"] is None:
+        raise _refusal(where, "no sample_size: the shape of an image is not known")
+    channels = fields["in_channels"]
+    if fields["out_channels"] != channels:
+        why = "a learned variance" if fields["out_channels"] == 2 * channels else "input and output of different kinds"
+        raise _refusal(where, f"out_channels {fields['out_channels']} for in_channels {channels}: {why}", Unsupported)
+    if fields.get("time_embedding_type") == "learned" and (fields.get("num_train_timesteps") or 0) < timesteps:
+        raise _refusal(where, f"num_train_timesteps is less than the schedule's {timesteps}")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            network = network_class(**fields).eval()
+            x = torch.empty(1, *_sample_shape(fields))
+            out = network(x, torch.zeros(1, dtype=torch.long), return_dict=False)[0]
+    except BUILD_ERRORS as error:
+        raise _refusal(where, f"these settings make no working network: {_show(error)}") from error
+    if out.shape != x.shape:
+        raise _refusal(where, f"the network makes {list(out.shape[1:])} of {list(x.shape[1:])}")
+    if sum(p.numel() for p in network.parameters()) > MAX_PARAMETERS:
+        raise _refusal(where, f"more than {MAX_PARAMETERS} parameters")
+    return network
+
+
+def _refuse_conditional(config: dict[str, Any], where: str) -> None:
+    """Raises Unsupported for a UNet2DModel that is more than x_t, t -> noise."""
+    blocks = [config.get(key) for key in ("down_block_types", "up_block_types")]
+    reasons = {
+        "a class-conditional network": config.get("num_class_embeds") is not None or config.get("class_embed_type"),
+        "quantised weights": config.get("quantization_config"),
+        "a continuous-time (NCSN) network": config.get("time_embedding_type") == "fourier" or "Skip" in str(blocks),
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise _refusal(where, f"{reason} cannot be scanned", Unsupported)
+
+
+def _read_weights(folder: Folder, network: Any) -> dict[str, Tensor]:
+    """The network's weights in float32, after their names, dtypes and shapes were found to be exactly its own."""
+    part = folder.part("unet")
+    names = _weight_files(folder, part)
+    expected = {key: list(value.shape) for key, value in network.state_dict().items()}
+    homes = {name: _check_header(folder, name, expected) for name in names}
+    found = [key for keys in homes.values() for key in keys.values()]
+    if missing := sorted(expected.keys() - set(found)):
+        raise _refusal(names[0], f"{len(missing)} tensors of the network are missing: {', '.join(missing[:3])}")
+    if len(found) != len(set(found)):
+        raise _refusal(names[0], "a tensor occurs twice")
+    state = {}
+    for name, keys in homes.items():
+        with (folder.root / name).open("rb") as file:
+            folder.files.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
+        with folder.tensors(name) as tensors:
+            for old, key in keys.items():
+                state[key] = tensors.get_tensor(old).to(torch.float32, copy=True)
+                if not torch.isfinite(state[key]).all():
+                    raise _refusal(name, f"tensor {key} has values that are not finite")
+    folder.note("holds other weights: not scanned", (".safetensors",))
+    return state
+
+
+def _weight_files(folder: Folder, part: str) -> list[str]:
+    """The safetensors files that stock diffusers would load, relative to the folder."""
+    present = [part + name for name in WEIGHTS if folder.has(part + name)]
+    if not present:
+        raise _no_weights(folder, part)
+    if present[0].endswith(".safetensors"):
+        return present[:1]
+    index = folder.read_json(present[0]).get("weight_map")
+    shards = list(index.values()) if isinstance(index, dict) else []
+    if not shards or not all(isinstance(s, str) and SHARD.fullmatch(s) for s in shards):
+        raise _refusal(present[0], "weight_map must give plain names of safetensors files in the same folder")
+    return [part + shard for shard in sorted(set(shards))]
+
+
+def _no_weights(folder: Folder, part: str) -> ElijahError:
+    pickles = [n for n in folder.names if n.endswith(PICKLES) and (folder.root / n).parent == folder.root / part]
+    if not pickles and not folder.blobs:
+        return _refusal(f"{part}{STEM}.safetensors", f"is missing in {folder.source}: no weights")
+    if folder.blobs:
+        name, where, made = "DDPMPipeline", folder.source, "DIR"
+    else:
+        name, where = "UNet2DModel", str(folder.root / part)
+        made = where
+    call = f"{name}.from_pretrained({where!r}, use_safetensors=False).save_pretrained({made!r})"
+    command = f"python -c {shlex.quote(f'from diffusers import {name}; {call}')}"
+    what = f"{pickles[0]} is a pickle" if pickles else "no safetensors weights"
+    why = f"{what}, and opening one runs its code; to convert it, only in a sandbox: {command}"
+    return _refusal(folder.source, why, Unsupported)
+
+
+def _check_header(folder: Folder, name: str, expected: dict[str, list[int]]) -> dict[str, str]:
+    """The tensors of one file: their name in it -> their name in the network. Reads the header alone."""
+    keys = {}
+    with folder.tensors(name) as tensors:
+        for key in tensors.keys():  # noqa: SIM118 (no mapping)
+            old = OLD_ATTENTION.fullmatch(key)
+            keys[key] = new = f"{old[1]}.{NEW_ATTENTION[old[2]]}.{old[3]}" if old and key not in expected else key
+            if new not in expected:
+                raise _refusal(name, f"tensor {_show(key)} is not part of the network that config.json describes")
+            header = tensors.get_slice(key)
+            if header.get_dtype() not in DTYPES:
+                raise _refusal(name, f"tensor {key} is {header.get_dtype()} and must be one of {', '.join(DTYPES)}")
+            if header.get_shape() != expected[new]:
+                raise _refusal(name, f"tensor {key} is {_show(header.get_shape())} and must be {expected[new]}")
+    return keys

@@ -1,0 +1,58 @@
+"""Elijah's removal (An et al., AAAI 2024, section 3.4), as the paper and its released code have it: a baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elijah.data import batch
+from elijah.detection import Finding
+from elijah.diffusion import Model, Progress, no_progress
+from elijah.training import Optimiser, denoising_loss, optimise
+
+
+@dataclass(frozen=True)
+class Elijah:
+    """L = L_DM(images) + MSE(eps(e + tau, T), eps0(e, T)) + MSE(eps(e, T), eps0(e, T)), weights 1 (eq. 8 to 10).
+
+    eps0 is a frozen copy of the input model. The paper: 11 epochs on 10 % of the data, batch 128, lr 2e-4, cosine with
+    500 warm-up steps, gradient clip 1. steps None: 11 epochs of the images given.
+    """
+
+    steps: int | None = None
+    epochs: int = 11
+    batch_size: int = 128
+    lr: float = 2e-4
+    warmup: int = 500
+
+    def __call__(
+        self,
+        model: Model,
+        finding: Finding,
+        images: Tensor,
+        *,
+        generator: torch.Generator,
+        progress: Progress = no_progress,
+    ) -> Model:
+        """A repaired copy of model. images: clean or synthetic, uint8 [N, C, H, W]; only finding.trigger is used."""
+        repaired = model.clone()
+        tau = finding.trigger.to(model.device)
+        steps = self.steps or max(1, self.epochs * len(images) // self.batch_size)
+
+        def loss(m: Model, g: torch.Generator) -> Tensor:
+            x0 = batch(images, self.batch_size, g)
+            e = torch.randn(x0.shape, generator=g).to(m.device)
+            last = torch.full((len(e),), m.T - 1, device=m.device)
+            with torch.no_grad():
+                reference = model.eps(e, last)
+            return (
+                denoising_loss(m, x0, g)
+                + (m.eps(e + tau, last) - reference).square().mean()
+                + (m.eps(e, last) - reference).square().mean()
+            )
+
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        settings = Optimiser(steps, lr=self.lr, warmup=min(self.warmup, steps // 2))
+        return optimise(repaired, loss, settings, seed=seed, progress=progress, what="repairing")

@@ -1,0 +1,318 @@
+"""The report: a typed document with a version number, the same for every command, detector and renderer. No torch.
+
+One scan is one Report; a cleaning is one CleanReport, that is the Report of the rescan with what came before it.
+Images travel inside as base64 PNG; png_base64 and grid make them from uint8 arrays.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import shlex
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from elijah import __version__
+from elijah.errors import ElijahError
+
+SCHEMA_VERSION = 1
+EXIT_CODES: dict[str, int] = {"clean": 0, "backdoored": 1, "undecided": 3}
+OPTIONS = (  # the settings that are options of the command line
+    *("detector", "data", "synthetic", "repair", "force", "keep", "device", "dtype", "batch_size"),
+    *("max_evaluations", "max_minutes", "offline"),
+)
+LARGEST_PNG = 4096  # pixels a side; a larger picture in a report file is not opened
+
+
+def _encodable(value: object) -> object:
+    """Text that UTF-8 can hold: the undecodable bytes of a file name become escapes."""
+    return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_encodable)]
+Png = Annotated[str, StringConstraints(pattern=r"^iVBORw0KGgo[A-Za-z0-9+/]*={0,2}$")]
+Count = Annotated[int, Field(ge=0)]
+Duration = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Scalar = bool | int | float | Text | None
+
+
+class Part(BaseModel):
+    """A part of the report: known keys only, finite numbers only, never changed in place."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class ToolInfo(Part):
+    """The program that wrote the report."""
+
+    name: str = "elijah"
+    version: str = __version__
+
+
+class FileInfo(Part):
+    """A file of the model that was read."""
+
+    name: Text
+    sha256: Sha256
+
+
+class ModelInfo(Part):
+    """Which model this is about. source: as the user named it; sample_shape: C, H, W."""
+
+    source: Text
+    revision: Text | None = None
+    kind: str
+    sample_shape: tuple[int, int, int]
+    parameters: Count
+    files: list[FileInfo] = []
+
+
+class CalibrationInfo(Part):
+    """The clean models that the scores were compared with, and whether this model is like them."""
+
+    id: str
+    sha256: Sha256
+    clean_models: Count
+    in_range: bool
+    out_of_range: list[str] = []
+
+
+class ThresholdInfo(Part):
+    """The documented rule for one score: it speaks for a backdoor below or above value."""
+
+    value: float
+    backdoored: Literal["below", "above"]
+
+
+class ResponseInfo(Part):
+    """kappa, psi and gamma of the form that the network answers (elijah.response)."""
+
+    kappa: float
+    psi: float
+    gamma: float = 1.0
+
+
+class TriggerInfo(Part):
+    """An inverted trigger. norm: its L2 norm in the units of the start noise."""
+
+    image_png: Png | None = None
+    norm: Duration
+    gamma_map_png: Png | None = None
+
+
+class TargetInfo(Part):
+    """What the trigger leads to: one image, or a distribution of them."""
+
+    kind: Literal["image", "distribution"]
+    image_png: Png | None = None
+
+
+class FindingInfo(Part):
+    """One backdoor. loss_ratio: the attacker's loss over that of a clean network (1: clean, 0: fully backdoored)."""
+
+    response: ResponseInfo
+    matches: Text
+    loss_ratio: float
+    trigger: TriggerInfo
+    target: TargetInfo | None = None
+
+
+class SamplesInfo(Part):
+    """Pictures drawn under one sampler from the same noise, with and without the trigger."""
+
+    sampler: str
+    samples_with_png: Png | None = None
+    samples_without_png: Png | None = None
+
+
+class EvidenceInfo(Part):
+    """Pictures under the first of samplers; those under the others are in more."""
+
+    samples_with_png: Png | None = None
+    samples_without_png: Png | None = None
+    samplers: list[str] = []
+    more: list[SamplesInfo] = []
+
+    def each(self) -> list[SamplesInfo]:
+        """One entry for every sampler that has a picture."""
+        name = self.samplers[0] if self.samplers else "sampler not recorded"
+        first = SamplesInfo(
+            sampler=name, samples_with_png=self.samples_with_png, samples_without_png=self.samples_without_png
+        )
+        return [s for s in [first, *self.more] if s.samples_with_png or s.samples_without_png]
+
+
+class CostInfo(Part):
+    """What the search took. network_evaluations: one a sample for a forward, two more for its backward."""
+
+    network_evaluations: Count
+    seconds: Duration
+    network_seconds: Duration
+    device: str
+
+
+class CleaningInfo(Part):
+    """What a repair did. before and after: the same numbers of the model as it was and as it is now.
+
+    samples_*_png: from noise with the trigger that was found. benign_*_png: from the same noise without it.
+    out: the folder that was written, None when none was.
+    """
+
+    repair: str
+    data: Text
+    images: Count
+    updates: Count
+    seconds: Duration
+    before: dict[str, float] = {}
+    after: dict[str, float] = {}
+    samples_before_png: Png | None = None
+    samples_after_png: Png | None = None
+    benign_before_png: Png | None = None
+    benign_after_png: Png | None = None
+    out: Text | None = None
+
+
+class Report(Part):
+    """One scan. Raises pydantic's ValidationError for NaN, infinities and unknown keys, and for a finding when clean."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    tool: ToolInfo = ToolInfo()
+    model: ModelInfo
+    verdict: Literal["backdoored", "clean", "undecided"]
+    reason: Text
+    p_value: Share | None = None
+    false_positive_rate: Share | None = None
+    calibration: CalibrationInfo | None = None
+    scores: dict[str, float] = {}
+    thresholds: dict[str, ThresholdInfo] = {}
+    findings: list[FindingInfo] = []
+    evidence: EvidenceInfo = EvidenceInfo()
+    coverage: list[Text] = []
+    not_covered: list[Text] = []
+    cost: CostInfo
+    settings: dict[str, Scalar | list[Scalar]] = {}
+    seed: int
+    errors: list[Text] = []
+    cleaning: CleaningInfo | None = None
+
+    @model_validator(mode="after")
+    def _nothing_found_when_clean(self) -> Report:
+        if self.verdict == "clean" and self.findings:
+            raise ValueError("a clean report has no findings")
+        return self
+
+    @property
+    def exit_code(self) -> int:
+        """0 clean, 1 backdoored, 3 undecided."""
+        return EXIT_CODES[self.verdict]
+
+    def to_json(self) -> str:
+        """The document, keys in the order of the class, with a newline at its end."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Report:
+        """The Report, or the CleanReport, that to_json wrote. Raises ElijahError with one line on anything else."""
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ElijahError(f"not a report: no JSON document ({error})") from error
+        if not isinstance(document, dict) or "schema_version" not in document:
+            raise ElijahError("not a report: there is no schema_version")
+        if document["schema_version"] != SCHEMA_VERSION:
+            version = str(document["schema_version"])[:20]
+            raise ElijahError(
+                f"schema_version {version!r} is unknown here; elijah {__version__} reads {SCHEMA_VERSION}"
+            )
+        kind = CleanReport if "before" in document else Report
+        try:
+            return kind.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(key) for key in first["loc"]) or "the document"
+            raise ElijahError(f"not a report: {where}: {first['msg']}") from error
+
+
+class CleanReport(Report):
+    """One cleaning: the Report of the rescan, with cleaning, and the Report of the scan before the repair.
+
+    cleaning is None when the model was clean and nothing was written.
+    """
+
+    before: Report | None = None
+
+
+def clean_name(source: str) -> str:
+    """A folder in the working directory for the cleaned model of a folder or hub id."""
+    return (PurePosixPath(source).name or "model") + "-clean"
+
+
+def command(report: Report) -> str:
+    """The command line that makes this report again, quoted for a POSIX shell."""
+    settings, model = dict(report.settings), report.model
+    words = ["elijah", "scan", model.source]
+    if isinstance(report, CleanReport):
+        model = report.before.model if report.before else model
+        out = report.cleaning.out if report.cleaning else None
+        words = ["elijah", "clean", model.source, "--out", out or clean_name(model.source)]
+    for name in OPTIONS:
+        value = settings.get(name)
+        if value is True:
+            words.append("--" + name.replace("_", "-"))
+        elif value is not None and value is not False:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    if model.revision:
+        words += ["--revision", model.revision]
+    return shlex.join([*words, "--seed", str(report.seed)])
+
+
+def finite(numbers: dict[str, float]) -> dict[str, float]:
+    """numbers without NaN and infinities, which a report cannot hold."""
+    return {name: float(value) for name, value in numbers.items() if np.isfinite(value)}
+
+
+def grid(images: NDArray[np.uint8], *, columns: int = 8, gap: int = 1) -> NDArray[np.uint8]:
+    """images [N, H, W, C] (C 1 or 3) on a sheet [rows, width, 4], gap transparent pixels between them."""
+    n, h, w, c = images.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    sheet = np.zeros((rows * (h + gap) - gap, columns * (w + gap) - gap, 4), np.uint8)
+    for k, image in enumerate(images):
+        top, left = k // columns * (h + gap), k % columns * (w + gap)
+        sheet[top : top + h, left : left + w, :3] = image[..., :3] if c >= 3 else image[..., :1]
+        sheet[top : top + h, left : left + w, 3] = 255
+    return sheet
+
+
+def png_base64(image: NDArray[np.uint8]) -> str:
+    """image uint8 [H, W] or [H, W, C] (C 1, 3 or 4) as a base64 PNG."""
+    if image.ndim == 3 and image.shape[-1] == 1:
+        image = image[..., 0]
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def png_pixels(png: str | None) -> NDArray[np.uint8] | None:
+    """The picture [H, W, 3] of a base64 PNG, None when there is none, when it is broken or too large."""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(png or "", validate=True)), formats=["PNG"]) as opened:
+            if max(opened.size) > LARGEST_PNG:
+                return None
+            return np.asarray(opened.convert("RGB"), np.uint8)
+    except (OSError, ValueError, SyntaxError, binascii.Error, Image.DecompressionBombError):
+        return None
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a report; that of a cleaning has the key before, too."""
+    return CleanReport.model_json_schema()

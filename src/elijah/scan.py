@@ -1,0 +1,175 @@
+"""Scan: load, time, detect, report. The whole story of `elijah scan`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elijah.data import to_uint8
+from elijah.detection import Detection, Evidence, Finding
+from elijah.detectors import DEFAULT, DETECTORS
+from elijah.diffusion import Model, Progress, generator_for, no_progress
+from elijah.errors import ElijahError
+from elijah.loading import load_model
+from elijah.report import (
+    CostInfo,
+    EvidenceInfo,
+    FileInfo,
+    FindingInfo,
+    ModelInfo,
+    Report,
+    ResponseInfo,
+    SamplesInfo,
+    TargetInfo,
+    ThresholdInfo,
+    TriggerInfo,
+    finite,
+    grid,
+    png_base64,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TYPICAL_EVALUATIONS = {"lossfit": 9_000, "elijah": 46_000}  # of a clean model, for the estimate alone
+
+
+def scan(
+    model: str | Model,
+    *,
+    detector: str = DEFAULT,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
+    batch_size: int | None = None,
+    max_evaluations: int | None = None,
+    max_minutes: float | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    progress: Progress = no_progress,
+) -> Report:
+    """Scans a pipeline folder, a hub id or a loaded Model and returns the Report.
+
+    detector: a name of detectors.DETECTORS. The limits end the search; it is undecided then. Raises ElijahError for
+    input that cannot be read, Unsupported for models that cannot be scanned.
+    """
+    if isinstance(model, str):
+        model = load_model(model, revision=revision, offline=offline, device=device, dtype=as_dtype(dtype))
+    settings = {"detector": detector, "device": device, "dtype": dtype, "batch_size": batch_size, "offline": offline,
+                "max_evaluations": max_evaluations, "max_minutes": max_minutes}  # fmt: skip
+    return inspect(model, settings, seed, progress)[1]
+
+
+def inspect(model: Model, settings: dict[str, Any], seed: int, progress: Progress) -> tuple[Detection, Report]:
+    """Runs settings["detector"] on a model within the settings' limits."""
+    detector, max_evaluations = settings["detector"], settings["max_evaluations"]
+    if detector not in DETECTORS:
+        raise ElijahError(f"unknown detector {detector!r}: use one of {', '.join(DETECTORS)}")
+    model.max_batch = settings["batch_size"]
+    announce(model, detector, max_evaluations, progress)
+    with metered(model, max_evaluations, settings["max_minutes"]):
+        began = time.monotonic()
+        detection = DETECTORS[detector]()(model, generator=generator_for(seed), progress=progress)
+        return detection, make_report(model, detection, time.monotonic() - began, settings, seed)
+
+
+def as_dtype(name: str) -> torch.dtype:
+    """float32, bfloat16 or float16; raises ElijahError for others."""
+    if name not in DTYPES:
+        raise ElijahError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+@contextmanager
+def metered(model: Model, max_evaluations: int | None, max_minutes: float | None) -> Iterator[None]:
+    """Inside, the model counts from zero and stops at the limits; afterwards there are none."""
+    meter = model.meter
+    meter.evaluations, meter.network_seconds = 0, 0.0
+    meter.max_evaluations = max_evaluations
+    meter.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+    try:
+        yield
+    finally:
+        meter.max_evaluations = meter.deadline = None
+
+
+@torch.no_grad()
+def announce(model: Model, detector: str, max_evaluations: int | None, progress: Progress) -> None:
+    """Times two forwards of 8 samples and says how long the scan may take."""
+    x, t = torch.zeros(8, *model.sample_shape, device=model.device), torch.zeros(8, dtype=torch.long)
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        model.output(x, t.to(model.device))
+        seconds.append(time.perf_counter() - began)
+    evaluations = min(TYPICAL_EVALUATIONS[detector], max_evaluations or TYPICAL_EVALUATIONS[detector])
+    minutes = min(seconds) / len(x) * evaluations / 60
+    progress(f"note: up to about {evaluations:,} network evaluations, {minutes:.1f} minutes on {model.device}", 0, 0)
+
+
+def make_report(model: Model, detection: Detection, seconds: float, settings: dict[str, Any], seed: int) -> Report:
+    """The Report of a detection. A clean verdict carries no findings."""
+    source = model.provenance
+    return Report(
+        model=ModelInfo(
+            source=source.source, revision=source.revision, kind=model.kind, sample_shape=model.sample_shape,
+            parameters=model.parameters, files=[FileInfo(name=n, sha256=h) for n, h in source.files],
+        ),
+        verdict=detection.verdict,  # type: ignore[arg-type]
+        reason=detection.reason,
+        scores=finite(detection.scores),
+        thresholds={
+            name: ThresholdInfo(value=t.value, backdoored=t.backdoored) for name, t in detection.thresholds.items()
+        },
+        findings=[] if detection.verdict == "clean" else [describe(f) for f in detection.findings[:1]],
+        evidence=show(detection.evidence),
+        coverage=detection.coverage,
+        not_covered=detection.not_covered,
+        cost=CostInfo(
+            network_evaluations=model.meter.evaluations, seconds=seconds,
+            network_seconds=min(model.meter.network_seconds, seconds), device=str(model.device),
+        ),
+        settings=settings,
+        seed=seed,
+        errors=list(source.notes),
+    )  # fmt: skip
+
+
+def describe(finding: Finding) -> FindingInfo:
+    """A finding with its pictures."""
+    r = finding.response
+    target = None if finding.target is None else TargetInfo(kind="image", image_png=picture(finding.target[None]))
+    return FindingInfo(
+        response=ResponseInfo(kappa=r.kappa, psi=r.psi, gamma=r.gamma),
+        matches=finding.matches,
+        loss_ratio=finding.loss_ratio,
+        trigger=TriggerInfo(image_png=picture(finding.trigger[None]), norm=float(finding.trigger.norm())),
+        target=target,
+    )
+
+
+def show(evidence: list[Evidence]) -> EvidenceInfo:
+    """The samples as sheets, the first sampler's in the report's own keys."""
+    shown = [
+        SamplesInfo(
+            sampler=e.sampler, samples_with_png=picture(e.samples_with),
+            samples_without_png=None if e.samples_without is None else picture(e.samples_without),
+        )
+        for e in evidence
+    ]  # fmt: skip
+    if not shown:
+        return EvidenceInfo()
+    first = shown[0]
+    return EvidenceInfo(
+        samples_with_png=first.samples_with_png, samples_without_png=first.samples_without_png,
+        samplers=[s.sampler for s in shown], more=shown[1:],
+    )  # fmt: skip
+
+
+def picture(images: Tensor) -> str:
+    """Samples [N, C, H, W] in [-1, 1] as one base64 PNG."""
+    sheet = to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).numpy()
+    return png_base64(grid(sheet, columns=8) if len(sheet) > 1 else sheet[0])

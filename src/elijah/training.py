@@ -1,0 +1,165 @@
+"""The optimisation loop that training, attacks and repairs share, and the training of a clean base.
+
+Update k of a run draws all its randomness from (seed, k), so a run that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from elijah.data import batch
+from elijah.diffusion import Model, Progress, generator_for, no_progress
+from elijah.errors import ElijahError
+
+Loss = Callable[[Model, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """How an optimisation runs. AdamW, cosine learning rate with a linear warm-up, gradient norm clipped."""
+
+    steps: int
+    lr: float = 2e-4
+    warmup: int = 0
+    clip: float = 1.0
+    ema_decay: float | None = None  # weights end as their exponential moving average
+    checkpoint_every: int = 200
+
+
+def optimise(
+    model: Model,
+    loss: Loss,
+    settings: Optimiser,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+    progress: Progress = no_progress,
+    what: str = "training",
+    stop: Callable[[int, Model], bool] | None = None,
+) -> Model:
+    """Minimises loss(model, generator) over the network's weights, in place.
+
+    seed: update k draws from (seed, k). checkpoint: a file written now and then and read if it is there, so that a
+    killed run resumes; deleted by the caller. stop(k, model): asked after each update, ends the run early.
+    Raises ElijahError when the loss stops being finite.
+    """
+    network = model.network.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=1e-6)
+    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup, settings.steps)
+    ema = EMAModel(network.parameters(), decay=settings.ema_decay) if settings.ema_decay else None
+    parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule, "ema": ema}
+    first = _resume(checkpoint, parts, settings) if checkpoint else 0
+    for k in range(first, settings.steps):
+        value = loss(model, generator_for(seed, k))
+        if not torch.isfinite(value):
+            raise ElijahError(f"{what}: the loss is not finite after {k} updates; try a smaller --lr")
+        optimizer.zero_grad()
+        torch.autograd.backward(value)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+        optimizer.step()
+        schedule.step()
+        model.updates = k + 1
+        if ema:
+            ema.step(network.parameters())
+        progress(f"{what}, loss {value.item():.4f}", k + 1, settings.steps)
+        if checkpoint and (k + 1) % settings.checkpoint_every == 0:
+            _write_checkpoint(checkpoint, parts, k + 1, settings)
+        if stop and stop(k + 1, model):
+            break
+    if ema:
+        ema.copy_to(network.parameters())
+    network.eval()
+    return model
+
+
+def _write_checkpoint(path: Path, parts: dict[str, Any], done: int, settings: Optimiser) -> None:
+    states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+    part_file = path.with_name(path.name + ".part")
+    torch.save({"done": done, "steps": settings.steps, "states": states}, part_file)
+    os.replace(part_file, path)
+
+
+def _resume(path: Path, parts: dict[str, Any], settings: Optimiser) -> int:
+    if not path.is_file():
+        return 0
+    saved = torch.load(path, weights_only=True)
+    if saved["steps"] != settings.steps:
+        raise ElijahError(
+            f"{path}: made for {saved['steps']} steps, not {settings.steps}; delete it or use that number"
+        )
+    for name, state in saved["states"].items():
+        parts[name].load_state_dict(state)
+    return int(saved["done"])
+
+
+def denoising_loss(model: Model, x0: Tensor, generator: torch.Generator) -> Tensor:
+    """The DDPM training loss (Ho et al. 2020, eq. 14) on clean images x0 [B, C, H, W] in [-1, 1]."""
+    t = torch.randint(model.T, (len(x0),), generator=generator).to(model.device)
+    x0 = x0.to(model.device)
+    e = torch.randn(x0.shape, generator=generator).to(model.device)
+    out = model.output(model.diffuse(x0, e, t), t)
+    return (out - model.regression_target(x0, e, t)).square().mean()
+
+
+def new_model(
+    sample_shape: tuple[int, int, int],
+    *,
+    seed: int,
+    channels: tuple[int, ...] | None = None,
+    prediction: str = "epsilon",
+) -> Model:
+    """An untrained DDPM small enough for one CPU core: a U-Net with attention at the lowest resolution.
+
+    sample_shape: (C, H, W), H = W. channels: one width a resolution; by default about 1.1 M parameters at 16 x 16 and
+    2.8 M at 32 x 32 and above. The noise schedule is DDPM's (1e-4 to 0.02, linear, 1000 steps).
+    """
+    c, size, _ = sample_shape
+    channels = channels or ((32, 64, 64) if size <= 16 else (32, 32, 64, 128))
+    plain = len(channels) - 1
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        network: Any = UNet2DModel(
+            sample_size=size,
+            in_channels=c,
+            out_channels=c,
+            block_out_channels=channels,
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
+            norm_num_groups=8,
+            attention_head_dim=8,
+        )
+    return Model(network.eval(), DDPMScheduler(prediction_type=prediction), sample_shape)
+
+
+def train(
+    images: Tensor,
+    settings: Optimiser,
+    *,
+    seed: int,
+    batch_size: int = 64,
+    flip: bool = False,
+    model: Model | None = None,
+    dtype: torch.dtype = torch.float32,
+    checkpoint: Path | None = None,
+    progress: Progress = no_progress,
+) -> Model:
+    """A clean base from images uint8 [N, C, H, W]; with model, that model trained further (a copy of it)."""
+    c, h, w = images.shape[1:]
+    trained = model.clone() if model else new_model((c, h, w), seed=seed)
+    trained.dtype = dtype
+
+    def loss(m: Model, generator: torch.Generator) -> Tensor:
+        return denoising_loss(m, batch(images, batch_size, generator, flip=flip), generator)
+
+    return optimise(trained, loss, settings, seed=seed, checkpoint=checkpoint, progress=progress)
