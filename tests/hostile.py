@@ -125,6 +125,11 @@ def build_wrong_class(folder: Path) -> Path:
 
 
 @hostile(2)
+def build_no_class(folder: Path) -> Path:
+    return edit(folder, INDEX, unet=["diffusers", "utils"])
+
+
+@hostile(2)
 def build_custom_module(folder: Path) -> Path:
     edit(folder, INDEX, unet=["my_module", "UNet2DModel"])
     put(folder, "my_module.py", code(folder))
@@ -273,6 +278,11 @@ def build_list_json(folder: Path) -> Path:
 @hostile(2)
 def build_deep_json(folder: Path) -> Path:
     return put(write_sound(folder), UNET, b'{"a":' + b"[" * 200_000).parent.parent
+
+
+@hostile(2)
+def build_deep_value(folder: Path) -> Path:
+    return put(write_sound(folder), UNET, b'{"sample_size":' + b"[" * 900 + b"]" * 900 + b"}").parent.parent
 
 
 @hostile(2)

@@ -6,32 +6,21 @@ Exit codes: 0 clean or done, 1 backdoored, 2 an error of any sort, 3 undecided o
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import math
-import os
-import shutil
 import sys
-import tempfile
-import time
-import traceback
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from elijah import __version__
+from elijah.console import Talk, emit, run
 from elijah.errors import ElijahError
+from elijah.files import check_output
 
 if TYPE_CHECKING:
-    import torch
-
     from elijah.report import Report
-    from elijah.trigger import Target, Trigger
 
 app = typer.Typer(
     help="Find and remove backdoors in diffusion models.",
@@ -90,206 +79,16 @@ VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="More on st
 DataOption = Annotated[str, typer.Option(metavar="DIR", help="A folder of images, or cifar10, celeba, mnist, digits.")]
 OutOption = Annotated[Path, typer.Option(metavar="DIR", help="The new folder.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Use the first so many images.")]
-RateOption = Annotated[float, typer.Option(min=0, max=1, callback=_finite, help="Share of poisoned rows.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Rows an update.")]
+RateOption = Annotated[float, typer.Option(min=0, callback=_finite, help="Learning rate.")]
+ShareOption = Annotated[float, typer.Option(min=0, max=1, callback=_finite, help="Share of poisoned rows.")]
 HalfOption = Annotated[bool, typer.Option("--half", help="Store the weights as float16.")]
-
-
-@dataclass
-class Talk:
-    """The progress callback of a command, and its stderr: lines, one bar on a terminal, and how far the work got."""
-
-    quiet: bool = False
-    verbose: bool = False
-    stdout: TextIO = field(default_factory=lambda: sys.stdout)
-    when_interrupted: str = "nothing was written"
-    _last: tuple[str, int, int] = ("the start", 0, 0)
-    _began: float = field(default_factory=time.monotonic)
-    _bar: Any = None
-    _task: Any = None
-
-    def __call__(self, what: str, done: int, of: int) -> None:
-        """Shows done of of; a message with of 0 is a line of its own."""
-        if of <= 0:
-            self.say(what.removeprefix("note: "))
-            return
-        stage = what.partition(",")[0]
-        fresh = stage != self._last[0].partition(",")[0]
-        self._last = (what, done, of)
-        if self.quiet or not sys.stderr.isatty():
-            return
-        if self._bar is None:
-            self._start_bar()
-        if fresh:
-            self._bar.reset(self._task, total=of)
-        self._bar.update(self._task, description=_one_line(what), completed=done, total=of)
-
-    def _start_bar(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        text = TextColumn("{task.description}", markup=False)
-        columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        self._bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
-        self._task = self._bar.add_task("", total=None)
-        self._bar.start()
-
-    def close(self) -> None:
-        """Takes the bar off the terminal."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def say(self, text: str) -> None:
-        """One line on stderr, unless quiet."""
-        if self.quiet:
-            return
-        if self._bar is not None:
-            self._bar.console.print(f"elijah: {_one_line(text)}", markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(f"elijah: {_one_line(text)}", file=sys.stderr, flush=True)
-
-    def fail(self, text: str) -> None:
-        """One line on stderr, and the traceback with -v."""
-        self.close()
-        if self.verbose:
-            traceback.print_exc(file=sys.stderr)
-        print(f"elijah: error: {_one_line(text)}", file=sys.stderr, flush=True)
-
-    def position(self) -> str:
-        """How far the work got."""
-        what, done, of = self._last
-        count = f", {done} of {of}" if of else ""
-        return f"{what}{count}, after {time.monotonic() - self._began:.0f} s"
-
-
-def _one_line(text: str) -> str:
-    """text without line breaks and without what a terminal would obey."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-
-
-def _run(
-    body: Callable[[Talk], int],
-    *,
-    quiet: bool = False,
-    verbose: bool = False,
-    exit_zero: bool = False,
-    offline: bool = False,
-) -> NoReturn:
-    """Runs a command's body and exits with its code, or with that of its error; nothing else reaches stdout."""
-    _hush(quiet, verbose, offline)
-    talk = Talk(quiet, verbose)
-    code = 2
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            code = body(talk)
-            talk.stdout.flush()
-    except ElijahError as error:
-        code = error.exit_code
-        talk.fail(str(error))
-    except KeyboardInterrupt:
-        talk.fail(f"interrupted at {talk.position()}; {talk.when_interrupted}")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes at its end
-    except (Exception, SystemExit) as error:
-        hint = "" if verbose else " (run with -v for the traceback)"
-        talk.fail(f"internal error: {type(error).__name__}: {error}{hint}")
-    finally:
-        talk.close()
-    raise typer.Exit(0 if exit_zero and code in (1, 3) else code)
-
-
-def _hush(quiet: bool, verbose: bool, offline: bool) -> None:
-    """Keeps the libraries quiet, and offline; must run before they are imported."""
-    level = "info" if verbose else "error"
-    for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):
-        os.environ.setdefault(f"{library}_VERBOSITY", level)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if quiet or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr)
-    if not verbose:
-        warnings.simplefilter("ignore")
-
-
-def _check_output(output: Path | None) -> None:
-    """Raises ElijahError before the work when its result could not be written."""
-    if output is not None and output.is_dir():
-        raise ElijahError(f"{output}: is a folder; -o takes a file")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ElijahError(f"{output}: there is no folder {output.parent} to write it in")
-
-
-def _emit(text: str, output: Path | None, talk: Talk) -> None:
-    """text to stdout, or to a file that is there in full or not at all."""
-    talk.close()
-    if output is None:
-        if hasattr(talk.stdout, "buffer"):
-            talk.stdout.flush()
-            talk.stdout.buffer.write(text.encode())
-        else:
-            talk.stdout.write(text)
-        return
-    _write_file(output, text)
-    talk.say(f"wrote {output}")
-
-
-def _write_file(path: Path, text: str) -> None:
-    try:
-        if path.exists() and not path.is_file():  # a pipe or a device
-            path.write_text(text, encoding="utf-8")
-            return
-        path = path.resolve()
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise ElijahError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def _new_folder(out: Path) -> Path:
-    """out as an absolute path whose parent exists; raises ElijahError when something is there already."""
-    out = Path(os.path.abspath(out))
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise ElijahError(f"{out}: exists already; give a new folder")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ElijahError(f"{out.parent}: cannot be made ({error.strerror})") from error
-    return out
-
-
-def _write_folder(out: Path, write: Callable[[Path], None]) -> None:
-    """Lets write fill a temporary folder beside out, then renames it: out is complete or it is not there."""
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        write(part)
-        part.chmod(0o755)
-        part.replace(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _place(device: str) -> torch.device:
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ElijahError(f"--device {device}: no such device here; use auto or cpu") from error
 
 
 def _finish(report: Report, form: Form, output: Path | None, talk: Talk) -> int:
     from elijah.render import render
 
-    _emit(render(report, form.value), output, talk)
+    emit(render(report, form.value), output, talk)
     return report.exit_code
 
 
@@ -329,15 +128,15 @@ def scan(
     """Look for a backdoor. Exit 0: nothing found, 1: backdoored, 2: error, 3: undecided or not supported."""
 
     def body(talk: Talk) -> int:
-        _check_output(output)
-        from elijah.scan import scan as run
+        check_output(output)
+        from elijah.scan import scan as search
 
         limits: dict[str, Any] = {"max_evaluations": max_evaluations, "max_minutes": max_minutes}
         how: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype.value, "batch_size": batch_size}
-        report = run(model, detector=detector, revision=revision, offline=offline, progress=talk, **how, **limits)
+        report = search(model, detector=detector, revision=revision, offline=offline, progress=talk, **how, **limits)
         return _finish(report, form, output, talk)
 
-    _run(body, quiet=quiet, verbose=verbose, exit_zero=exit_zero, offline=offline)
+    run(body, quiet=quiet, verbose=verbose, exit_zero=exit_zero, offline=offline)
 
 
 @app.command()
@@ -371,15 +170,153 @@ def clean(
         raise typer.BadParameter("give --data or --synthetic, not both")
 
     def body(talk: Talk) -> int:
-        _check_output(output)
-        from elijah.clean import clean as run
+        check_output(output)
+        from elijah.clean import clean as remove
 
         limits: dict[str, Any] = {"max_evaluations": max_evaluations, "max_minutes": max_minutes}
         how: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype.value, "batch_size": batch_size}
         what: dict[str, Any] = {"data": data, "synthetic": synthetic, "repair": repair, "force": force, "keep": keep}
-        report = run(
+        report = remove(
             model, out, detector=detector, revision=revision, offline=offline, progress=talk, **what, **how, **limits
         )
         return _finish(report, form, output, talk)
 
-    _run(body, quiet=quiet, verbose=verbose, exit_zero=exit_zero, offline=offline)
+    run(body, quiet=quiet, verbose=verbose, exit_zero=exit_zero, offline=offline)
+
+
+@app.command()
+def train(
+    data: DataOption,
+    out: OutOption,
+    size: Annotated[int | None, typer.Option(min=8, max=1024, help="Pixels a side; 32, or that of --from.")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, max=3, help="1 or 3; 3, or that of --from.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser updates.")] = 5000,
+    batch_size: BatchOption = 64,
+    lr: RateOption = 5e-4,
+    ema: Annotated[
+        float, typer.Option(min=0, max=0.999999, callback=_finite, help="Decay of the averaged weights; 0: off.")
+    ] = 0.999,
+    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror half of the images.")] = False,
+    start: Annotated[str | None, typer.Option("--from", metavar="MODEL", help="Go on from this pipeline.")] = None,
+    prediction: Annotated[Prediction | None, typer.Option(help="epsilon, or that of --from.")] = None,
+    limit: LimitOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from DIR.ckpt, which a killed run left.")] = False,
+    half: HalfOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.float32,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train a clean base on images, or go on from a pipeline; writes a stock diffusers folder."""
+    if start is not None and prediction is not None:
+        raise typer.BadParameter("--prediction is for a new network; with --from it stays that of the pipeline")
+
+    def body(talk: Talk) -> int:
+        from elijah import making
+
+        settings: dict[str, Any] = {"steps": steps, "lr": lr, "ema_decay": ema or None}
+        making.train_folder(
+            making.Data(data, size, channels, limit), out, settings, start=start, batch_size=batch_size, flip=flip,
+            prediction=(prediction or Prediction.epsilon).value, resume=resume, half=half, device=device,
+            dtype=dtype.value, seed=seed, talk=talk,
+        )  # fmt: skip
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@app.command()
+def attack(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The attack, such as baddiffusion.")],
+    model: ModelArgument,
+    data: DataOption,
+    out: OutOption,
+    trigger: Annotated[str, typer.Option(metavar="NAME", help="A stock pattern or a PNG file.")] = "stop-sign-14",
+    target: Annotated[str, typer.Option(metavar="NAME", help="A stock picture or a PNG file.")] = "hat",
+    poison_rate: ShareOption = 0.1,
+    bare: Annotated[bool, typer.Option("--bare", help="Train on the bare trigger, not pasted on images.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser updates; by default the paper's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows an update; by default the paper's.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, callback=_finite, help="By default the paper's.")] = None,
+    limit: LimitOption = None,
+    half: HalfOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.float32,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Plant a backdoor, to test detectors with; writes DIR and, beside it, DIR.truth.json."""
+
+    def body(talk: Talk) -> int:
+        from elijah import making
+
+        given = {"poison_rate": poison_rate, "steps": steps, "batch_size": batch_size, "lr": lr}
+        settings = {key: value for key, value in given.items() if value is not None}
+        making.attack_folder(
+            name, model, making.Data(data, limit=limit), out, settings, trigger=trigger, target=target,
+            pasted=not bare, half=half, device=device, dtype=dtype.value, seed=seed, talk=talk,
+        )  # fmt: skip
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@app.command()
+def report(
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="A report written with --format json.")],
+    form: FormOption = Form.text,
+    output: OutputOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a JSON report, of a scan or of a cleaning, as text, HTML or SARIF."""
+
+    def body(talk: Talk) -> int:
+        check_output(output)
+        from elijah.report import Report
+
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ElijahError(f"{file}: not a report: no UTF-8 text") from error
+        except OSError as error:
+            raise ElijahError(f"{file}: cannot be read ({error.strerror})") from error
+        try:
+            document = Report.from_json(text)
+        except ElijahError as error:
+            raise ElijahError(f"{file}: {error}") from error
+        _finish(document, form, output, talk)
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@app.command()
+def demo(out: OutOption, quiet: QuietOption = False, verbose: VerboseOption = False) -> None:
+    """The whole story, offline, on models that ship inside the package."""
+
+    def body(talk: Talk) -> int:
+        from elijah.demo import demo as story
+
+        with contextlib.redirect_stdout(talk.stdout):
+            return story(out, progress=talk)
+
+    run(body, quiet=quiet, verbose=verbose, offline=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    try:
+        app(arguments, prog_name="elijah")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 2
+        return 2 if code == 130 else code
+    except KeyboardInterrupt:
+        print("elijah: error: interrupted at the start; nothing was written", file=sys.stderr)
+        return 2
+    except Exception as error:
+        print(f"elijah: error: internal error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0

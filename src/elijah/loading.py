@@ -20,6 +20,7 @@ import inspect
 import json
 import os
 import re
+import reprlib
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,7 +116,8 @@ def _one_of(*names: str) -> Check:
 
 
 def _several(item: Check, low: int, high: int) -> Check:
-    wants = f"a list of {low} to {high}, each {item.wants}"
+    count = str(low) if low == high else f"{low} to {high}"
+    wants = f"a list of {count}, each {item.wants}"
     return Check(wants, lambda v: isinstance(v, list) and low <= len(v) <= high and all(map(item.ok, v)))
 
 
@@ -257,7 +259,8 @@ class Folder:
 
     def note(self, what: str, endings: tuple[str, ...]) -> None:
         """Notes the files with these endings that were not read."""
-        names = [n for n in self.names if n.endswith(endings) and n not in dict(self.files)]
+        read = dict(self.files)
+        names = [n for n in self.names if n.lower().endswith(endings) and n not in read]
         self.notes += [_printable(f"{name} {what}") for name in names[:MAX_NOTES]]
         if len(names) > MAX_NOTES:
             self.notes.append(f"and {len(names) - MAX_NOTES} more, of which each {what}")
@@ -301,8 +304,8 @@ def _printable(text: str) -> str:
 
 
 def _show(value: object) -> str:
-    """An untrusted value, short."""
-    text = _printable(str(value))
+    """An untrusted value, short, however long or deep it is."""
+    text = _printable(str(value) if isinstance(value, str | Exception) else reprlib.repr(value))
     return text if len(text) <= 100 else text[:97] + "..."
 
 
@@ -371,9 +374,13 @@ def _allow(name: Any, allowed: tuple[str, ...], what: str, where: str) -> str:
         return name
     if name in REASONS:
         raise _refusal(where, f"{name}, {REASONS[name]}, cannot be scanned", Unsupported)
-    if (name.isidentifier() and what == "scheduler" and name.endswith("Scheduler")) or name in dir(diffusers):
+    if (name.isidentifier() and what == "scheduler" and name.endswith("Scheduler")) or _is_stock(name):
         raise _refusal(where, f"{_show(name)} cannot be scanned; a {what} must be {' or '.join(allowed)}", Unsupported)
     raise _refusal(where, f"{_show(name)} is no {what} class of diffusers: custom code is never run")
+
+
+def _is_stock(name: str) -> bool:
+    return name[:1].isupper() and name in dir(diffusers)  # lists the names of lazy classes, and imports none
 
 
 def _read_index(folder: Folder) -> dict[str, str]:
@@ -393,7 +400,7 @@ def _read_index(folder: Folder) -> dict[str, str]:
     for name, (library, class_name) in entries.items():
         if name not in ("unet", "scheduler"):
             if class_name is not None:
-                raise _refusal(where, f"a pipeline with {_show(name)} ({_show(class_name)})", Unsupported)
+                raise _refusal(where, f"a pipeline with {_show(name)} cannot be scanned", Unsupported)
         elif library != "diffusers":
             raise _refusal(where, f"{name} is {_show([library, class_name])}: its library must be diffusers")
     return {
@@ -467,8 +474,9 @@ def _read_network(folder: Folder, indexed: str | None, timesteps: int) -> Any:
         raise _refusal(where, "no sample_size: the shape of an image is not known")
     channels = fields["in_channels"]
     if fields["out_channels"] != channels:
-        why = "a learned variance" if fields["out_channels"] == 2 * channels else "input and output of different kinds"
-        raise _refusal(where, f"out_channels {fields['out_channels']} for in_channels {channels}: {why}", Unsupported)
+        what = "a learned variance" if fields["out_channels"] == 2 * channels else "a network conditioned on an image"
+        why = f"out_channels {fields['out_channels']} for in_channels {channels}: {what} cannot be scanned"
+        raise _refusal(where, why, Unsupported)
     if fields.get("time_embedding_type") == "learned" and (fields.get("num_train_timesteps") or 0) < timesteps:
         raise _refusal(where, f"num_train_timesteps is less than the schedule's {timesteps}")
     try:
@@ -487,11 +495,12 @@ def _read_network(folder: Folder, indexed: str | None, timesteps: int) -> Any:
 
 def _refuse_conditional(config: dict[str, Any], where: str) -> None:
     """Raises Unsupported for a UNet2DModel that is more than x_t, t -> noise."""
-    blocks = [config.get(key) for key in ("down_block_types", "up_block_types")]
+    blocks = [config[k] for k in ("down_block_types", "up_block_types") if isinstance(config.get(k), list)]
+    skips = any(isinstance(name, str) and "Skip" in name for names in blocks for name in names)
     reasons = {
         "a class-conditional network": config.get("num_class_embeds") is not None or config.get("class_embed_type"),
         "quantised weights": config.get("quantization_config"),
-        "a continuous-time (NCSN) network": config.get("time_embedding_type") == "fourier" or "Skip" in str(blocks),
+        "a continuous-time (NCSN) network": config.get("time_embedding_type") == "fourier" or skips,
     }
     for reason, found in reasons.items():
         if found:
@@ -537,7 +546,9 @@ def _weight_files(folder: Folder, part: str) -> list[str]:
 
 
 def _no_weights(folder: Folder, part: str) -> ElijahError:
-    pickles = [n for n in folder.names if n.endswith(PICKLES) and (folder.root / n).parent == folder.root / part]
+    pickles = [
+        n for n in folder.names if n.lower().endswith(PICKLES) and (folder.root / n).parent == folder.root / part
+    ]
     if not pickles and not folder.blobs:
         return _refusal(f"{part}{STEM}.safetensors", f"is missing in {folder.source}: no weights")
     if folder.blobs:
@@ -545,7 +556,8 @@ def _no_weights(folder: Folder, part: str) -> ElijahError:
     else:
         name, where = "UNet2DModel", str(folder.root / part)
         made = where
-    call = f"{name}.from_pretrained({where!r}, use_safetensors=False).save_pretrained({made!r})"
+    where, made = json.dumps(where), json.dumps(made)  # double quotes, since the shell's are single
+    call = f"{name}.from_pretrained({where}, use_safetensors=False).save_pretrained({made})"
     command = f"python -c {shlex.quote(f'from diffusers import {name}; {call}')}"
     what = f"{pickles[0]} is a pickle" if pickles else "no safetensors weights"
     why = f"{what}, and opening one runs its code; to convert it, only in a sandbox: {command}"

@@ -182,9 +182,9 @@ class CleaningInfo(Part):
 
 
 class Report(Part):
-    """One scan. Raises pydantic's ValidationError for NaN, infinities and unknown keys, and for a finding when clean."""
+    """One scan. Raises pydantic's ValidationError for NaN, infinities, unknown keys, and findings when clean."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     tool: ToolInfo = ToolInfo()
     model: ModelInfo
     verdict: Literal["backdoored", "clean", "undecided"]

@@ -9,6 +9,7 @@ import shlex
 import textwrap
 
 import numpy as np
+from numpy.typing import NDArray
 
 from elijah.report import CleaningInfo, CleanReport, CostInfo, FindingInfo, Report, clean_name, png_pixels
 
@@ -72,12 +73,17 @@ def energy_words(png: str | None) -> str:
     energy = np.square(image - np.median(image, (0, 1))).sum(-1)  # [H, W]
     if energy.max() < 100:
         return "the same at every pixel"
-    thirds = [[cell.sum() for cell in np.array_split(row, 3, 1)] for row in np.array_split(energy, 3, 0)]
-    shares = np.array(thirds) / energy.sum()
+    shares = np.array([[window.sum() for window in _windows(row.T)] for row in _windows(energy)]) / energy.sum()
     row, column = divmod(int(shares.argmax()), 3)
-    if shares.max() < 0.35:
+    if shares.max() < 0.5:
         return "spread over the whole picture"
     return f"{shares.max():.0%} of its energy {REGIONS[row][column]}"
+
+
+def _windows(a: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """The first, the middle and the last half of a's rows."""
+    half, quarter = len(a) // 2, len(a) // 4
+    return [a[:half], a[quarter : quarter + half], a[len(a) - half :]]
 
 
 def finding_words(finding: FindingInfo) -> str:
@@ -103,7 +109,7 @@ def calibration_words(report: Report) -> str:
     """What the scores were compared with."""
     calibration = report.calibration
     if calibration is None:
-        return "no calibration: the verdict follows the detector's fixed thresholds, there is no p-value"
+        return "none: the verdict follows the detector's fixed thresholds, there is no p-value"
     words = f"{calibration.clean_models} clean models ({calibration.id})"
     if not calibration.in_range:
         words += "; this model is unlike them: " + ", ".join(calibration.out_of_range)
@@ -117,23 +123,27 @@ def calibration_words(report: Report) -> str:
 def cleaning_rows(cleaning: CleaningInfo) -> list[tuple[str, str, str]]:
     """(name, before, after) of every number that was taken of either model."""
     names = [*cleaning.before, *(n for n in cleaning.after if n not in cleaning.before)]
-    return [(label(n), *(number(d[n]) if n in d else "-" for d in (cleaning.before, cleaning.after))) for n in names]
+
+    def cell(numbers: dict[str, float], name: str) -> str:
+        return number(numbers[name]) if name in numbers else "-"
+
+    return [(label(n), cell(cleaning.before, n), cell(cleaning.after, n)) for n in names]
 
 
 def cleaning_words(cleaning: CleaningInfo) -> str:
     """What the repair did."""
-    return f"{cleaning.repair}, {cleaning.updates:,} updates in {duration(cleaning.seconds)} on {cleaning.images:,} images ({cleaning.data})"
+    work = f"{cleaning.updates:,} updates in {duration(cleaning.seconds)}"
+    return f"{cleaning.repair}, {work} on {cleaning.images:,} images; data: {cleaning.data}"
 
 
 def next_step(report: Report) -> str:
     """The command that a person most likely wants next, empty when there is none."""
     source = report.model.source
-    if isinstance(report, CleanReport):
-        if report.verdict == "clean" or report.cleaning is None:
+    if report.cleaning:
+        if report.verdict == "clean":
             return ""
-        source = report.before.model.source if report.before else source
         return shlex.join(["elijah", "clean", source, "--out", clean_name(source) + "-2", "--data", "FOLDER_OF_IMAGES"])
-    if report.verdict == "backdoored":
+    if report.verdict == "backdoored" and not isinstance(report, CleanReport):
         return shlex.join(["elijah", "clean", source, "--out", clean_name(source)])
     if report.verdict == "undecided":
         limited = report.settings.get("max_evaluations") or report.settings.get("max_minutes")
@@ -152,10 +162,10 @@ def headline(report: Report) -> str:
 def render_text(report: Report) -> str:
     """The report as lines of at most 100 characters, verdict first."""
     lines = [f"{headline(report)}  {plain(report.model.source)}", ""]
-    rows: list[tuple[str, str]] = [("why", report.reason)]
+    rows: list[tuple[str, str]] = [("why", report.reason), ("means", MEANING[report.verdict])]
     for name, value, rule, fires in score_lines(report):
         rows.append(("scores", f"{name} {value}" + (f"  ({rule}{': yes' if fires else ': no'})" if rule else "")))
-    rows.append(("compared with", calibration_words(report)))
+    rows.append(("calibration", calibration_words(report)))
     rows += [("trigger", finding_words(finding)) for finding in report.findings]
     if report.evidence.samplers:
         rows.append(("outputs", "drawn with " + ", ".join(report.evidence.samplers) + "; pictures: --format html"))
@@ -165,7 +175,6 @@ def render_text(report: Report) -> str:
     rows += [("looked for", text) for text in report.coverage]
     rows += [("not covered", text) for text in report.not_covered]
     rows += [("errors", text) for text in report.errors]
-    rows.append(("means", MEANING[report.verdict]))
     if step := next_step(report):
         rows.append(("next", step))
     before = ""
@@ -192,5 +201,5 @@ def _cleaning(report: Report, cleaning: CleaningInfo) -> list[tuple[str, str]]:
 def _row(name: str, text: str) -> list[str]:
     """One labelled row; commands and tables stay on one line, prose is wrapped."""
     text = plain(text)
-    wrapped = [text] if name in ("next", "change", "") else textwrap.wrap(text, WIDTH - LABEL - 2)
+    wrapped = [text] if name in ("next", "change", "") else textwrap.wrap(text, WIDTH - LABEL - 2, break_long_words=False, break_on_hyphens=False)
     return [f"  {name if k == 0 else '':<{LABEL}}{line}" for k, line in enumerate(wrapped or [""])]

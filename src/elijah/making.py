@@ -1,0 +1,153 @@
+"""The commands that make models: train a clean base, attack one. Both write a new folder, or none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elijah.attacks import ATTACKS
+from elijah.console import Talk
+from elijah.data import load_images, to_uint8
+from elijah.diffusion import generator_for
+from elijah.errors import ElijahError
+from elijah.files import new_folder, write_file, write_folder
+from elijah.loading import load_model
+from elijah.report import png_base64
+from elijah.training import Optimiser, new_model, train
+from elijah.trigger import Target, Trigger, make_target, make_trigger
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images: source as in load_images; size and channels None: those of the model."""
+
+    source: str
+    size: int | None = None
+    channels: int | None = None
+    limit: int | None = None
+
+    def load(self, sample_shape: tuple[int, int, int]) -> Tensor:
+        """uint8 [N, C, H, W] for a model of sample_shape. Raises ElijahError when another shape was asked for."""
+        channels, size, _ = sample_shape
+        if (self.size or size, self.channels or channels) != (size, channels):
+            raise ElijahError(f"the model has {channels} channels of {size} pixels; leave --size and --channels out")
+        return load_images(self.source, size=size, channels=channels, limit=self.limit)
+
+
+def train_folder(
+    data: Data,
+    out: Path,
+    settings: dict[str, Any],
+    *,
+    start: str | None,
+    batch_size: int,
+    flip: bool,
+    prediction: str,
+    resume: bool,
+    half: bool,
+    device: str,
+    dtype: str,
+    seed: int,
+    talk: Talk,
+) -> None:
+    """Trains and writes out. settings: those of Optimiser. A killed run leaves out + ".ckpt" for resume."""
+    out = new_folder(out)
+    checkpoint = out.with_name(out.name + ".ckpt")
+    if data.channels not in (None, 1, 3):
+        raise ElijahError("--channels: 1 or 3")
+    if checkpoint.exists() and not resume:
+        raise ElijahError(f"{checkpoint}: left by a run that did not end; pass --resume to go on, or delete it")
+    if start:
+        base = load_model(start, device=device)
+    else:
+        base = new_model((data.channels or 3, data.size or 32, data.size or 32), seed=seed, prediction=prediction)
+        base.network.to(_place(device))
+    images = data.load(base.sample_shape)
+    talk.say(f"training {base.parameters:,} parameters on {len(images):,} images, {base.device}")
+    try:
+        trained = train(
+            images,
+            Optimiser(**settings),
+            seed=seed,
+            batch_size=batch_size,
+            flip=flip,
+            model=base,
+            dtype=getattr(torch, dtype),
+            checkpoint=checkpoint,
+            progress=talk,
+        )
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            talk.when_interrupted = f"go on from {checkpoint} with --resume"
+        raise
+    write_folder(out, lambda folder: trained.save(folder, half=half))
+    checkpoint.unlink(missing_ok=True)
+    talk.say(f"wrote {out}")
+
+
+def attack_folder(
+    name: str,
+    source: str,
+    data: Data,
+    out: Path,
+    settings: dict[str, Any],
+    *,
+    trigger: str,
+    target: str,
+    pasted: bool,
+    half: bool,
+    device: str,
+    dtype: str,
+    seed: int,
+    talk: Talk,
+) -> None:
+    """Attacks source and writes out and, beside it, out + ".truth.json". settings: those of the attack."""
+    out = new_folder(out)
+    if name not in ATTACKS:
+        raise ElijahError(f"unknown attack {name!r}: use one of {', '.join(ATTACKS)}")
+    model = load_model(source, device=device)
+    pattern = make_trigger(trigger, model.sample_shape)
+    wanted = make_target(target, pattern)
+    attack = ATTACKS[name](trigger=pattern, target=wanted, pasted=pasted, dtype=getattr(torch, dtype), **settings)
+    images = data.load(model.sample_shape)
+    talk.say(f"attacking with {name}: {attack.steps:,} updates on {len(images):,} images, {model.device}")
+    attacked = attack(model, images, generator=generator_for(seed), progress=talk)
+    truth = {
+        "schema_version": 1,
+        "attack": name,
+        "trigger": trigger,
+        "target": target,
+        "pasted": pasted,
+        **{key: getattr(attack, key) for key in ("poison_rate", "steps", "batch_size", "lr")},
+        "seed": seed,
+        "source": source,
+        "source_revision": model.provenance.revision,
+        "source_files": dict(model.provenance.files),
+        "data": asdict(data),
+        "half": half,
+        "dtype": dtype,
+        "trigger_image_png": _png(pattern),
+        "target_image_png": _png(wanted),
+    }
+    # The truth first: so no backdoored folder is ever there without it.
+    write_file(out.with_name(out.name + ".truth.json"), json.dumps(truth, indent=2) + "\n")
+    write_folder(out, lambda folder: attacked.save(folder, half=half))
+    talk.say(f"wrote {out} and {out.name}.truth.json")
+
+
+def _png(pattern: Trigger | Target) -> str:
+    return png_base64(to_uint8(pattern.image[None])[0].permute(1, 2, 0).numpy())
+
+
+def _place(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ElijahError(f"--device {device}: no such device here; use auto or cpu") from error
