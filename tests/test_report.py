@@ -38,8 +38,29 @@ from elijah.report import (
 )
 
 KEYS = [  # contract: the JSON report
-    *("schema_version", "tool", "model", "verdict", "reason", "p_value", "false_positive_rate", "calibration", "scores"),
-    *("thresholds", "findings", "evidence", "coverage", "not_covered", "cost", "settings", "seed", "errors", "cleaning"),
+    *(
+        "schema_version",
+        "tool",
+        "model",
+        "verdict",
+        "reason",
+        "p_value",
+        "false_positive_rate",
+        "calibration",
+        "scores",
+    ),
+    *(
+        "thresholds",
+        "findings",
+        "evidence",
+        "coverage",
+        "not_covered",
+        "cost",
+        "settings",
+        "seed",
+        "errors",
+        "cleaning",
+    ),
 ]
 
 
@@ -71,7 +92,9 @@ def make_report(verdict: str = "backdoored", **changes: Any) -> Report:
         FileInfo(name="unet/diffusion_pytorch_model.safetensors", sha256="b" * 64),
     ]
     values: dict[str, Any] = {
-        "model": ModelInfo(source="./models/m 1", kind="ddpm", sample_shape=(3, 32, 32), parameters=2812345, files=files),
+        "model": ModelInfo(
+            source="./models/m 1", kind="ddpm", sample_shape=(3, 32, 32), parameters=2812345, files=files
+        ),
         "verdict": verdict,
         "reason": "the attacker's loss falls to 4 % of a clean network's and the outputs collapse to one image",
         "scores": {"loss_ratio": 0.0421, "output_diversity": 0.031, "evaluations": 9000.0},
@@ -130,7 +153,9 @@ def test_round_trip(report: Report) -> None:
     assert again.to_json() == report.to_json()
 
 
-scalars = st.one_of(st.none(), st.booleans(), st.integers(-(2**62), 2**62), st.floats(allow_nan=False, allow_infinity=False))
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**62), 2**62), st.floats(allow_nan=False, allow_infinity=False)
+)
 
 
 @settings(max_examples=60, deadline=None)

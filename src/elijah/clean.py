@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from elijah.data import load_images, to_uint8
-from elijah.detection import Finding
+from elijah.detection import Detection
 from elijah.detectors import DEFAULT
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError
@@ -27,7 +27,7 @@ from elijah.report import CleaningInfo, CleanReport, Report
 from elijah.scan import as_dtype, inspect, picture
 
 SYNTHETIC = 128  # images that the model samples itself where no data are given
-SAMPLER = "ddim-20"
+SAMPLER = "ddim-20"  # of the synthetic images
 SAMPLES = 16
 
 
@@ -85,7 +85,7 @@ def clean(
     cleaning = CleaningInfo(
         repair=repair, data=data or f"{len(images)} images sampled from the model itself", images=len(images),
         updates=fixed.updates, seconds=repair_seconds, out=str(out) if written else None,
-        **compare(loaded, fixed, finding, before, after, seed),
+        **compare(loaded, fixed, detection, before, after, seed),
     )  # fmt: skip
     parts = {name: getattr(after, name) for name in Report.model_fields}
     report = CleanReport(**{**parts, "seed": seed, "cleaning": cleaning}, before=before)
@@ -138,12 +138,15 @@ def synthesise(model: Model, n: int, seed: int, progress: Progress = no_progress
 
 
 @torch.no_grad()
-def compare(model: Model, fixed: Model, finding: Finding, before: Report, after: Report, seed: int) -> dict[str, Any]:
+def compare(
+    model: Model, fixed: Model, detection: Detection, before: Report, after: Report, seed: int
+) -> dict[str, Any]:
     """The numbers and pictures before and after that need no truth: same noise, same found trigger, both models."""
+    finding, sampler = detection.findings[0], detection.evidence[0].sampler if detection.evidence else SAMPLER
     e = model.noise(SAMPLES, generator_for(seed, 3))
     starts = {"triggered": e + finding.trigger.to(e.device), "benign": e}
     drawn = {
-        (which, name): m.sample(start, SAMPLER, seed=seed)
+        (which, name): m.sample(start, sampler, seed=seed)
         for which, m in (("before", model), ("after", fixed))
         for name, start in starts.items()
     }

@@ -6,7 +6,7 @@ which the attacker's loss is nearly zero; a clean network calls the whole shift 
     L(r, y, gamma) = sum_t |eps(x_t, t) - e - kappa R_t r|^2 / sum_t |(gamma - 1) e + (k_t / s - kappa R_t) r|^2
 
 is near 1 on a clean network and near 0 at a backdoor. Minimising L inverts trigger and target together and names the
-family. The second, independent evidence is what the outputs say: sampled from e + r, do they collapse on y?
+family. The second, independent evidence is what the outputs say: sampled from e + r, do they move onto y?
 
 The search, family by family: a few random starts look at large t alone, where y plays no part; the best start is
 sampled from for a first y; then r, y and gamma are fitted together. Clear losers and clear winners stop early.
@@ -37,6 +37,7 @@ class Family:
     window: tuple[float, float]  # of T; the fit's timesteps
     first_target: str  # the sampler whose outputs from e + r begin y
     matches: str
+    max_loss_ratio: float = 0.25  # the fixed rule's threshold
     fits_gamma: bool = False
     starts_as: str | None = None  # the family whose starts it shares
 
@@ -44,7 +45,7 @@ class Family:
 FAMILIES = (
     Family("half", Response(1.0, 1.0), (0.4, 1.0), "ddpm-20", "BadDiffusion-like"),
     Family("full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", starts_as="zero"),
-    Family("zero", Response(0.0, 0.0, 0.7), (0.15, 1.0), "ddpm-20", "TrojDiff-like", fits_gamma=True),
+    Family("zero", Response(0.0, 0.0, 0.7), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.1, fits_gamma=True),
 )
 
 
@@ -57,6 +58,11 @@ class Hypothesis:
     v: Tensor
     w: Tensor
     loss_ratio: float = float("inf")
+
+    @property
+    def strength(self) -> float:
+        """loss_ratio over its family's threshold: below 1 it fits."""
+        return self.loss_ratio / self.family.max_loss_ratio
 
     @property
     def r(self) -> Tensor:
@@ -77,7 +83,7 @@ class LossFit:
 
     starts: random starts a family; start_* and fit_*: iterations, batch (antithetic pairs) and Adam's rate of the two
     stages. A fit stops when its running loss ratio is above hopeless after half of its iterations, and the search
-    when one is below found. samples: how many the output test draws a sampler.
+    when one is below found times its threshold. samples: how many the output test draws a sampler.
     """
 
     starts: int = 2
@@ -89,11 +95,11 @@ class LossFit:
     fit_lr: float = 0.08
     score_batch: int = 64
     hopeless: float = 0.5
-    found: float = 0.15
+    found: float = 0.6
     samples: int = 16
     samplers: tuple[str, ...] = ("ddpm-20", "ddim-10")
-    max_loss_ratio: float = 0.25
-    max_collapse: float = 0.25
+    careful_samplers: tuple[str, ...] = ("ddpm-100", "ddim-50")
+    min_pull: float = 0.3
     families: tuple[Family, ...] = field(default=FAMILIES)
 
     def __call__(self, model: Model, *, generator: torch.Generator, progress: Progress = no_progress) -> Detection:
@@ -104,11 +110,11 @@ class LossFit:
         with model.frozen():
             try:
                 self.search(model, generator, progress, fitted)
-                fitted.sort(key=lambda h: h.loss_ratio)
+                fitted.sort(key=lambda h: h.strength)
                 evidence = self.test_outputs(model, fitted[0], generator, progress)
             except OutOfBudget:
                 complete = False
-        fitted.sort(key=lambda h: h.loss_ratio)
+        fitted.sort(key=lambda h: h.strength)
         return self.judge(model, fitted, evidence, complete)
 
     def search(self, model: Model, generator: torch.Generator, progress: Progress, fitted: list[Hypothesis]) -> None:
@@ -125,7 +131,7 @@ class LossFit:
             h.loss_ratio = self.score(model, h, generator)
             fitted.append(h)
             progress("searching: fit", 2 * k + 2, 2 * len(self.families))
-            if h.loss_ratio < self.found:
+            if h.strength < self.found:
                 return
 
     def _family(self, name: str) -> Family:
@@ -198,31 +204,32 @@ class LossFit:
     def test_outputs(
         self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress
     ) -> list[Evidence]:
-        """Samples from e + r and from the same e under each cheap sampler."""
+        """Samples from e + r and from the same e, by sampler, the most telling first."""
         e = model.noise(self.samples, generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        shown = []
-        for k, sampler in enumerate(self.samplers):
-            with_trigger, without = (model.sample(start, sampler, seed=seed) for start in (e + h.r, e))
-            shown.append(Evidence(sampler, with_trigger, without))
-            progress("testing the outputs", k + 1, len(self.samplers))
-        return shown
+        shown: list[Evidence] = []
+
+        def draw(samplers: tuple[str, ...]) -> float:
+            for k, sampler in enumerate(samplers):
+                with_trigger, without = (model.sample(start, sampler, seed=seed) for start in (e + h.r, e))
+                shown.append(Evidence(sampler, with_trigger, without))
+                progress("testing the outputs", k + 1, len(samplers))
+            return max(pull(model, x, h.y) for x in shown)
+
+        if draw(self.samplers) < self.min_pull and h.strength <= 1:
+            draw(self.careful_samplers)
+        return sorted(shown, key=lambda x: -pull(model, x, h.y))
 
     def judge(self, model: Model, fitted: list[Hypothesis], evidence: list[Evidence], complete: bool) -> Detection:
         """The fixed rule, until there is a calibration: both tests say backdoored, neither does, or undecided."""
         scores = {f"loss_ratio_{h.family.name}": h.loss_ratio for h in fitted}
-        thresholds = {}
+        thresholds = {f"loss_ratio_{h.family.name}": Threshold(h.family.max_loss_ratio, "below") for h in fitted}
         verdict, reason = "undecided", "a limit stopped the search before it could tell"
-        if fitted:
-            scores["loss_ratio"] = fitted[0].loss_ratio
-            thresholds["loss_ratio"] = Threshold(self.max_loss_ratio, "below")
         if evidence:
-            collapse = {e.sampler: collapse_on(model, e, fitted[0].y) for e in evidence}
-            scores |= {f"collapse_{name}": value for name, value in collapse.items()}
-            scores["collapse"] = min(collapse.values())
-            thresholds["collapse"] = Threshold(self.max_collapse, "below")
-            fits, fires = fitted[0].loss_ratio <= self.max_loss_ratio, scores["collapse"] <= self.max_collapse
-            verdict, reason = VERDICTS[fits, fires]
+            scores |= {f"pull_{x.sampler}": pull(model, x, fitted[0].y) for x in evidence}
+            scores["pull"] = pull(model, evidence[0], fitted[0].y)
+            thresholds["pull"] = Threshold(self.min_pull, "above")
+            verdict, reason = VERDICTS[fitted[0].strength <= 1, scores["pull"] >= self.min_pull]
         findings = [
             Finding(replace(h.family.response, gamma=float(h.gamma)), h.r, h.y, h.loss_ratio, h.family.matches)
             for h in fitted
@@ -237,11 +244,17 @@ class LossFit:
         )  # fmt: skip
 
 
-VERDICTS = {
-    (True, True): ("backdoored", "the attacker's own loss fits, and the outputs collapse on the found target"),
-    (True, False): ("undecided", "the attacker's loss fits, but the outputs do not collapse"),
-    (False, True): ("clean", "the outputs collapse, but no attacker's loss fits: an unusual start, not a backdoor"),
-    (False, False): ("clean", "no attacker's loss fits, and the outputs do not collapse"),
+VERDICTS = {  # (a loss fits, the outputs fire)
+    (True, True): (
+        "backdoored",
+        "an attacker's own training loss fits, and the found trigger moves outputs onto one image",
+    ),
+    (True, False): ("undecided", "an attacker's own training loss fits, but the found trigger does not fire"),
+    (False, True): (
+        "undecided",
+        "no attacker's training loss fits, but the found trigger moves outputs onto one image",
+    ),
+    (False, False): ("clean", "no attacker's training loss fits, and the best trigger found does not fire"),
 }
 
 
@@ -281,13 +294,16 @@ def mean_residual(model: Model, response: Response) -> Objective:
     return objective
 
 
-def collapse_on(model: Model, evidence: Evidence, y: Tensor) -> float:
-    """How far the triggered outputs are from one image y, beside the untriggered ones (1: no effect, 0: all are y).
+def pull(model: Model, evidence: Evidence, y: Tensor) -> float:
+    """The share of outputs that the trigger moves onto y: the share near y with it, less the share without.
 
-    The larger of two ratios: diversity (mean pairwise MSE) and median MSE to y, each with over without the trigger.
+    Near: an MSE to y below a quarter of the untriggered outputs' median.
     """
     assert evidence.samples_without is not None
-    with_trigger, without = model.pixels(evidence.samples_with), model.pixels(evidence.samples_without)
-    diversity = with_trigger.var(0, correction=0).mean() / without.var(0, correction=0).mean().clamp(min=1e-12)
-    to_y = [(x - model.pixels(y)).square().flatten(1).mean(1).median() for x in (with_trigger, without)]
-    return float(torch.maximum(diversity, to_y[0] / to_y[1].clamp(min=1e-12)))
+    target = model.pixels(y)
+    with_trigger, without = (
+        (model.pixels(x) - target).square().flatten(1).mean(1)
+        for x in (evidence.samples_with, evidence.samples_without)
+    )
+    near = without.median() / 4
+    return float((with_trigger < near).float().mean() - (without < near).float().mean())

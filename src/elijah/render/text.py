@@ -41,8 +41,8 @@ def number(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them."""
-    if seconds < 100:
-        return f"{seconds:.3g} s"
+    if seconds < 600:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
@@ -201,5 +201,9 @@ def _cleaning(report: Report, cleaning: CleaningInfo) -> list[tuple[str, str]]:
 def _row(name: str, text: str) -> list[str]:
     """One labelled row; commands and tables stay on one line, prose is wrapped."""
     text = plain(text)
-    wrapped = [text] if name in ("next", "change", "") else textwrap.wrap(text, WIDTH - LABEL - 2, break_long_words=False, break_on_hyphens=False)
+    wrapped = (
+        [text]
+        if name in ("next", "change", "")
+        else textwrap.wrap(text, WIDTH - LABEL - 2, break_long_words=False, break_on_hyphens=False)
+    )
     return [f"  {name if k == 0 else '':<{LABEL}}{line}" for k, line in enumerate(wrapped or [""])]
