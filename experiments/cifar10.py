@@ -181,6 +181,7 @@ def repair_one(name: str, repair: str, source: str) -> dict[str, Any]:
     began = time.monotonic()
     fixed = method(model, detection.findings[0], data, generator=generator_for(seed, 1))
     seconds = time.monotonic() - began
+    fixed.network.requires_grad_(False)
     fixed.save(CACHE / f"{name}_{repair}_{source}")
     rescan = inspect(fixed, settings, seed + 100, no_progress)[1]
     return {"scan": before.verdict, "rescan": rescan.verdict, "rescan_scores": rescan.scores,
@@ -252,7 +253,7 @@ def tables() -> None:
     lines = ["# CIFAR-10, 32 x 32, BadDiffusion", "",
              "Made by `python experiments/cifar10.py tables` from the JSON files beside this one.", "",
              "## Verdicts of `elijah scan` (lossfit)", "",
-             "| model | right / scans (95 % Wilson) | undecided | loss ratio | collapse | evaluations, median |",
+             "| model | right / scans (95 % Wilson) | undecided | loss ratio, half | pull | evaluations, median |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for kind in ("clean", *ATTACKS):
         rows = [r for j, r in done.items() if j[0] == "scan" and j[1].startswith(kind)]
@@ -261,10 +262,11 @@ def tables() -> None:
         wanted = "clean" if kind == "clean" else "backdoored"
         right = sum(r["verdict"] == wanted for r in rows)
         low, high = wilson(right, len(rows))
-        ratio, collapse = ([r["scores"].get(k, float("nan")) for r in rows] for k in ("loss_ratio", "collapse"))
+        ratio = [r["scores"]["loss_ratio_half"] for r in rows]
+        pull = [r["scores"]["pull"] for r in rows]
         lines.append(
             f"| {kind} | {right} / {len(rows)} ({low:.2f} to {high:.2f}) | {sum(r['verdict'] == 'undecided' for r in rows)} "
-            f"| {min(ratio):.3f} to {max(ratio):.3f} | {min(collapse):.3f} to {max(collapse):.3f} "
+            f"| {min(ratio):.3f} to {max(ratio):.3f} | {min(pull):.2f} to {max(pull):.2f} "
             f"| {statistics.median(r['cost']['network_evaluations'] for r in rows):.0f} |"
         )
     lines += ["", "## Before and after the repair (true trigger, " + SAMPLER + ")", "",

@@ -44,7 +44,9 @@ class GaussianNetwork(torch.nn.Module):
             big_r = trigger_coefficient(self.model)[t][:, None, None, None]
             shift = x - a * self.y - k * self.r
             n = self.m.numel()
-            clean = -(x - a * self.m).square().sum((1, 2, 3)) / (2 * variance.flatten()) - n / 2 * variance.flatten().log()
+            clean = (
+                -(x - a * self.m).square().sum((1, 2, 3)) / (2 * variance.flatten()) - n / 2 * variance.flatten().log()
+            )
             poison = -shift.square().sum((1, 2, 3)) / (2 * s.flatten() ** 2) - n * s.flatten().log()
             odds = poison - clean + torch.logit(torch.tensor(self.rate))
             w = torch.sigmoid(odds)[:, None, None, None]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from elijah.detection import Detection
 from elijah.detectors import DEFAULT
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError
+from elijah.files import new_folder, write_folder
 from elijah.loading import load_model
 from elijah.metrics import diversity_ratio, paired_drift
 from elijah.repairs import DEFAULT as DEFAULT_REPAIR
@@ -61,7 +59,7 @@ def clean(
         raise ElijahError(f"unknown repair {repair!r}: use one of {', '.join(REPAIRS)}")
     if data and synthetic:
         raise ElijahError("--data and --synthetic exclude each other: give one")
-    check_free(out, model)
+    out = free_folder(out, model)
     loaded = load_model(model, revision=revision, offline=offline, device=device, dtype=as_dtype(dtype))
     settings = {"detector": detector, "device": device, "dtype": dtype, "batch_size": batch_size, "offline": offline,
                 "max_evaluations": max_evaluations, "max_minutes": max_minutes, "data": data, "synthetic": synthetic,
@@ -83,16 +81,14 @@ def clean(
     _, after = inspect(fixed, settings, seed + 1, progress)
     written = after.verdict != "backdoored" or keep
     cleaning = CleaningInfo(
-        repair=repair, data=data or f"{len(images)} images sampled from the model itself", images=len(images),
+        repair=repair, data=data or "sampled from the model itself", images=len(images),
         updates=fixed.updates, seconds=repair_seconds, out=str(out) if written else None,
         **compare(loaded, fixed, detection, before, after, seed),
     )  # fmt: skip
     parts = {name: getattr(after, name) for name in Report.model_fields}
     report = CleanReport(**{**parts, "seed": seed, "cleaning": cleaning}, before=before)
     if written:
-        with new_folder(out) as folder:
-            fixed.save(folder)
-            (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+        write(out, fixed, report)
     return report
 
 
@@ -101,34 +97,27 @@ def unrepaired(before: Report) -> CleanReport:
     return CleanReport(**{name: getattr(before, name) for name in Report.model_fields}, before=before)
 
 
-def check_free(out: Path, source: str) -> None:
-    """Raises ElijahError when out cannot become a new folder: in use, inside the model's folder, or unwritable."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ElijahError(f"{out}: exists already; give a new folder with --out")
+def free_folder(out: Path, source: str) -> Path:
+    """out as a path to a new folder; raises ElijahError when it is in use, unwritable, or inside the model's folder."""
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise ElijahError(f"{out}: lies inside the model's folder, which is never written to; give another --out")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".elijah-"):
-            pass
-    except OSError as error:
-        raise ElijahError(f"{out.parent}: cannot write there ({error.strerror})") from error
+    out = new_folder(out)
+    if not os.access(out.parent, os.W_OK):
+        raise ElijahError(f"{out.parent}: cannot be written to; give another --out")
+    return out
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes out when the block ends well and vanishes when it does not."""
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+def write(out: Path, model: Model, report: CleanReport) -> None:
+    """Writes the repaired pipeline and its model card to out, complete or not at all."""
+
+    def fill(folder: Path) -> None:
+        model.save(folder)
+        (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+
     try:
-        yield folder
-        folder.chmod(0o755)
-        if out.is_dir():
-            out.rmdir()
-        folder.rename(out)
+        write_folder(out, fill)
     except OSError as error:
         raise ElijahError(f"{out}: could not be written ({error.strerror or error}); nothing was left there") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def synthesise(model: Model, n: int, seed: int, progress: Progress = no_progress) -> Tensor:
@@ -184,7 +173,7 @@ def model_card(report: CleanReport) -> str:
 # Repaired copy of {plain(report.before.model.source)}
 
 Elijah {report.tool.version} scanned the original, found it **{found.verdict}** ({plain(found.reason)}),
-and repaired it with `{done.repair}`: {done.updates} updates on {plain(done.data)}.
+and repaired it with `{done.repair}`: {done.updates} updates on {done.images} images ({plain(done.data)}).
 The rescan with fresh seeds says **{report.verdict}**: {plain(report.reason)}.
 {warning}
 | | before | after |

@@ -5,7 +5,6 @@ Update k of a run draws all its randomness from (seed, k), so a run that was kil
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +85,7 @@ def _write_checkpoint(path: Path, parts: dict[str, Any], done: int, settings: Op
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
     part_file = path.with_name(path.name + ".part")
     torch.save({"done": done, "steps": settings.steps, "states": states}, part_file)
-    os.replace(part_file, path)
+    part_file.replace(path)
 
 
 def _resume(path: Path, parts: dict[str, Any], settings: Optimiser) -> int:
