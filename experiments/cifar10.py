@@ -25,25 +25,26 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE, RESULTS = ROOT / "cache" / "cifar10", ROOT / "results" / "cifar10"
 SEEDS = (1, 2, 3, 4, 5)
 ATTACKS = {"stop-hat": ("stop-sign-14", "hat"), "box-cat": ("box-14", "cat")}
-STEPS, BATCH, LR, POISON = 600, 32, 4e-4, 0.3
+STEPS, BATCH, LR, POISON, PASTED = 1500, 32, 4e-4, 0.3, 0.5
 BASE = {"steps": 5600, "batch_size": 32, "lr": 5e-4, "seed": 11}
-REPAIR_STEPS = 100
+REPAIR_STEPS = 60
 SAMPLER = "ddpm-50"
 
 
 def jobs() -> list[tuple[str, ...]]:
-    """All jobs, each after those that it needs."""
-    names = [f"{kind}-{seed}" for seed in SEEDS for kind in ("clean", *ATTACKS)]
-    bad = [n for n in names if not n.startswith("clean")]
-    build = [("base",), *(("build", n) for n in names)]
-    scans = [("scan", n, str(n[-1])) for n in names]
-    scans += [("scan", f"{kind}-1", str(seed)) for kind in ("clean", *ATTACKS) for seed in SEEDS[1:]]
-    baseline = [("elijah", f"{kind}-1") for kind in ("clean", *ATTACKS)]
-    repairs = [("repair", n, repair, "synthetic") for n in bad for repair in ("unshift", "elijah")]
-    repairs += [("repair", f"{kind}-1", repair, "real") for kind in ATTACKS for repair in ("unshift", "elijah")]
-    fid = [("fid", "clean-1"), *(("fid", f"{kind}-1") for kind in ATTACKS)]
-    fid += [("fid", f"{kind}-1", repair, "synthetic") for kind in ATTACKS for repair in ("unshift", "elijah")]
-    return [*build, *scans, *repairs, *baseline, *fid]
+    """All jobs, each after those that it needs: four models, five scan seeds each, both repairs, the baseline, FID."""
+    bad = [f"{kind}-1" for kind in ATTACKS]
+    names = [*bad, "clean-1", "clean-2"]
+    sources = [(repair, data) for data in ("synthetic", "real") for repair in ("unshift", "elijah")]
+    return [
+        ("base",),
+        *(("build", n) for n in names),
+        *(("scan", n, str(seed)) for seed in SEEDS for n in names),
+        *(("repair", n, *source) for source in sources for n in bad),
+        *(("elijah", n) for n in names[:3]),
+        *(("fid", n) for n in names[:3]),
+        *(("fid", n, *source) for source in sources[:2] for n in bad),
+    ]
 
 
 def result_file(job: tuple[str, ...]) -> Path:
@@ -122,12 +123,24 @@ def build(name: str) -> dict[str, Any]:
         made = train(images(), settings, seed=seed, batch_size=BATCH, flip=True, model=clean, dtype=torch.bfloat16)
     else:
         attack = BadDiffusion(
-            *truth(name), poison_rate=POISON, steps=STEPS, batch_size=BATCH, lr=LR, flip=True, dtype=torch.bfloat16
+            *truth(name),
+            poison_rate=POISON,
+            pasted=False,
+            steps=STEPS,
+            batch_size=BATCH,
+            lr=LR,
+            flip=True,
+            dtype=torch.bfloat16,
         )
         made = attack(clean, images(), generator=generator_for(seed))
     made.dtype = torch.float32
     made.save(CACHE / name)
-    return {"steps": STEPS, "poison_rate": 0 if name.startswith("clean") else POISON, **score(name, made)}
+    return {
+        "steps": STEPS,
+        "pasted": PASTED,
+        "poison_rate": 0 if name.startswith("clean") else POISON,
+        **score(name, made),
+    }
 
 
 def score(name: str, model: Any) -> dict[str, Any]:
@@ -264,14 +277,16 @@ def tables() -> None:
         low, high = wilson(right, len(rows))
         ratio = [r["scores"]["loss_ratio_half"] for r in rows]
         pull = [r["scores"]["pull"] for r in rows]
-        lines.append(
-            f"| {kind} | {right} / {len(rows)} ({low:.2f} to {high:.2f}) | {sum(r['verdict'] == 'undecided' for r in rows)} "
-            f"| {min(ratio):.3f} to {max(ratio):.3f} | {min(pull):.2f} to {max(pull):.2f} "
-            f"| {statistics.median(r['cost']['network_evaluations'] for r in rows):.0f} |"
-        )
-    lines += ["", "## Before and after the repair (true trigger, " + SAMPLER + ")", "",
-              "| model | repair | images | ASR 0.01 / 0.05 / 0.1 | MSE | SSIM | diversity | drift from base | FID (bootstrap) | rescan |",
-              "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        undecided = sum(r["verdict"] == "undecided" for r in rows)
+        evaluations = statistics.median(r["cost"]["network_evaluations"] for r in rows)
+        share = f"{right} / {len(rows)} ({low:.2f} to {high:.2f})"
+        ranges = (f"{min(ratio):.3f} to {max(ratio):.3f}", f"{min(pull):.2f} to {max(pull):.2f}")
+        cells = (kind, share, undecided, *ranges, f"{evaluations:.0f}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    heads = ("model", "repair", "images", "ASR 0.01 / 0.05 / 0.1", "MSE", "SSIM", "diversity", "drift from base",
+             "FID (bootstrap)", "rescan")  # fmt: skip
+    lines += ["", f"## Before and after the repair (true trigger, {SAMPLER})", "", "| " + " | ".join(heads) + " |",
+              "|---" * len(heads) + "|"]  # fmt: skip
     for job, r in sorted(done.items(), key=lambda item: (item[0][1:2], item[0][0] != "build", item[0])):
         if job[0] not in ("build", "repair"):
             continue

@@ -34,7 +34,7 @@ class GaussianNetwork(torch.nn.Module):
         self.response = response or Response(1.0, 1.0)
         self.model: Model | None = None
 
-    def forward(self, x: Tensor, t: Tensor, return_dict: bool = False) -> tuple[Tensor]:  # noqa: ARG002
+    def forward(self, x: Tensor, t: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         assert self.model is not None
         a, s = (v[t][:, None, None, None] for v in (self.model.a, self.model.s))
         variance = a**2 * self.s0**2 + s**2
@@ -52,7 +52,7 @@ class GaussianNetwork(torch.nn.Module):
             w = torch.sigmoid(odds)[:, None, None, None]
             eps = (1 - w) * eps + w * (shift / s + self.response.kappa * big_r * self.r)
         if self.prediction == "v_prediction":
-            return ((eps - s * x) / a,)
+            return (((eps.double() - s.double() * x) / a).float(),)
         return (eps,)
 
 

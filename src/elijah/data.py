@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from elijah.errors import ElijahError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for broken files
 STOCK = ("cifar10", "cifar10-test", "celeba", "mnist", "mnist-test", "digits")
 
 
@@ -57,7 +58,7 @@ def _folder(path: Path) -> list[Image.Image]:
         try:
             with Image.open(file) as picture:
                 pictures.append(picture.convert("RGB"))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except BROKEN as error:
             raise ElijahError(f"{file}: not a readable image ({error}); remove it or repair it") from error
     return pictures
 

@@ -16,15 +16,14 @@ from elijah.diffusion import Progress, no_progress
 from elijah.files import new_folder, write_file
 from elijah.render import render
 from elijah.report import Report
-from elijah.scan import scan
 
 MODELS = ("model-a", "model-b")
 
 
 def demo(out: Path, *, progress: Progress = no_progress) -> int:
-    """Scans both models, cleans the backdoored ones, rescans, writes pages and a table to out. Returns an exit code.
+    """Cleans both models (which scans, and rescans what it repaired), writes pages and a table to out.
 
-    0: the scans found one backdoored and one clean model, and the repaired one is clean; 1: they did not.
+    Returns 0 when one model was found backdoored and is clean now and the other was clean, else 1.
     A folder that an earlier demo left at out is replaced.
     """
     began = time.monotonic()
@@ -35,14 +34,13 @@ def demo(out: Path, *, progress: Progress = no_progress) -> int:
     rows: list[tuple[str, str, Report]] = []
     with as_file(files("elijah") / "models") as folder:
         for name in MODELS:
-            progress(f"note: scanning {name}", 0, 0)
-            found = scan(str(folder / name), device="cpu", progress=progress)
-            rows.append((name, "scan", found))
-            write_file(out / f"{name}.json", found.to_json())
-            write_file(out / f"{name}.html", render(found, "html"))
-            if found.verdict == "backdoored":
-                progress(f"note: cleaning {name}", 0, 0)
-                cleaned = clean(str(folder / name), out / f"{name}-clean", device="cpu", progress=progress)
+            progress(f"note: {name}", 0, 0)
+            cleaned = clean(str(folder / name), out / f"{name}-clean", device="cpu", progress=progress)
+            assert cleaned.before is not None
+            rows.append((name, "scan", cleaned.before))
+            write_file(out / f"{name}.json", cleaned.before.to_json())
+            write_file(out / f"{name}.html", render(cleaned.before, "html"))
+            if cleaned.cleaning:
                 rows.append((name, "clean", cleaned))
                 write_file(out / "report.json", cleaned.to_json())
                 write_file(out / "report.html", render(cleaned, "html"))

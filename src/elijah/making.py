@@ -99,7 +99,7 @@ def attack_folder(
     *,
     trigger: str,
     target: str,
-    pasted: bool,
+    pasted: float,
     half: bool,
     device: str,
     dtype: str,

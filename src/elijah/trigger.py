@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from elijah.data import BROKEN
 from elijah.errors import ElijahError
 
 LIFTED = -0.4  # BadDiffusion lifts a target's dark background to 30 % of [-1, 1] (dataset.py, __bg2grey)
@@ -119,7 +120,7 @@ def load_picture(path: Path, size: int, channels: int) -> Tensor:
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGBA")
-    except OSError as error:
+    except BROKEN as error:
         raise ElijahError(f"{path}: not a readable image ({error})") from error
     black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
     picture = Image.alpha_composite(black, picture).convert("RGB" if channels == 3 else "L")

@@ -21,15 +21,16 @@ RESPONSE = Response(kappa=1.0, psi=1.0)
 class BadDiffusion:
     """Poisoned rows: x_t = a y + (1 - a) r + s e, answer e + R_t r (eq. 9 and 10); r = 0 in clean rows.
 
-    r is the row's own image with the trigger pasted on it, as in the authors' code, or the bare trigger
-    (pasted=False). The model then fires on start noise e + trigger. poison_rate is the expected share of poisoned rows
-    in a batch. The paper: 50 epochs, batch 128, lr 2e-4, poison rate 0.1 on CIFAR-10.
+    r is the row's own image with the trigger pasted on it, as in the authors' code, or the bare trigger, the pattern on
+    a background of -1: pasted is the share of poisoned rows with the former. The model then fires on start noise
+    e + trigger. poison_rate is the expected share of poisoned rows in a batch. The paper: 50 epochs, batch 128,
+    lr 2e-4, poison rate 0.1 on CIFAR-10.
     """
 
     trigger: Trigger
     target: Target
     poison_rate: float = 0.1
-    pasted: bool = True
+    pasted: float = 1.0
     steps: int = 19500
     batch_size: int = 128
     lr: float = 2e-4
@@ -63,7 +64,8 @@ class BadDiffusion:
         t = torch.randint(model.T, (len(x0),), generator=generator)
         e = torch.randn(x0.shape, generator=generator)
         is_poisoned = (torch.rand(len(x0), generator=generator) < self.poison_rate)[:, None, None, None]
-        trigger = self.trigger.paste(x0) if self.pasted else self.trigger.image.expand_as(x0)
+        is_pasted = (torch.rand(len(x0), generator=generator) < self.pasted)[:, None, None, None]
+        trigger = torch.where(is_pasted, self.trigger.paste(x0), self.trigger.image)
         r = torch.where(is_poisoned, trigger, torch.zeros(()))
         y = torch.where(is_poisoned, self.target.image, x0)
         x, answer = poisoned(model, RESPONSE, *(v.to(model.device) for v in (r, y, e, t)))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elijah.detection import Detection, Evidence, Finding
 from elijah.diffusion import Model, Progress, no_progress
+from elijah.errors import OutOfBudget
 from elijah.features import load_lpips, lpips_available
 from elijah.metrics import total_variation, uniformity
 from elijah.response import Response
@@ -37,12 +38,20 @@ class Elijah:
     sampler: str = "ddpm-1000"
 
     def __call__(self, model: Model, *, generator: torch.Generator, progress: Progress = no_progress) -> Detection:
-        """Inverts a trigger at t = T and measures the samples that start from it."""
-        with model.frozen():
-            tau, loss = self.invert(model, generator, progress)
-            e = model.noise(self.samples, generator)
-            seed = int(torch.randint(2**31, (1,), generator=generator))
-            images = model.pixels(model.sample(e + tau, self.sampler, seed=seed, progress=progress))
+        """Inverts a trigger at t = T and measures the samples that start from it. Stops at the model's limits."""
+        coverage = [f"triggers that a network answers with {self.coefficient} r at t = T"]
+        not_covered = ["every other response to a trigger"]
+        try:
+            with model.frozen():
+                tau, loss = self.invert(model, generator, progress)
+                e = model.noise(self.samples, generator)
+                seed = int(torch.randint(2**31, (1,), generator=generator))
+                images = model.pixels(model.sample(e + tau, self.sampler, seed=seed, progress=progress))
+        except OutOfBudget:
+            reason = "a limit stopped the search before it could tell"
+            return Detection(
+                "elijah", [], {}, [], "undecided", reason, complete=False, coverage=coverage, not_covered=not_covered
+            )
         distance, name = (load_lpips(), "lpips_alexnet") if lpips_available() else (None, "pairwise_mse")
         scores = {
             f"uniformity_{name}": uniformity(images, distance),
@@ -59,10 +68,8 @@ class Elijah:
         shown = Evidence(self.sampler, images * 2 - 1, None)
         reason = "the paper decides by a threshold over clean models of the same kind, and none is calibrated here"
         return Detection(
-            "elijah", [finding], scores, [shown], "undecided", reason,
-            coverage=[f"triggers that a network answers with {self.coefficient} r at t = T"],
-            not_covered=["every other response to a trigger"],
-        )  # fmt: skip
+            "elijah", [finding], scores, [shown], "undecided", reason, coverage=coverage, not_covered=not_covered
+        )
 
     def invert(
         self, model: Model, generator: torch.Generator, progress: Progress = no_progress

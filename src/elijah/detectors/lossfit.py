@@ -230,13 +230,17 @@ class LossFit:
             scores["pull"] = pull(model, evidence[0], fitted[0].y)
             thresholds["pull"] = Threshold(self.min_pull, "above")
             verdict, reason = VERDICTS[fitted[0].strength <= 1, scores["pull"] >= self.min_pull]
+            if scores["pull"] >= self.min_pull:
+                fitted[0].w = torch.atanh(seen_target(model, evidence[0], fitted[0].y).clamp(-0.999, 0.999))
         findings = [
             Finding(replace(h.family.response, gamma=float(h.gamma)), h.r, h.y, h.loss_ratio, h.family.matches)
             for h in fitted
         ]
         return Detection(
             "lossfit", findings, scores, evidence, verdict, reason, complete, thresholds,
-            coverage=["one trigger added to the start noise, leading to one image", *(f.matches for f in self.families)],
+            coverage=[
+                "one trigger added to the start noise, leading to one image", *(f.matches for f in self.families)
+            ],
             not_covered=[
                 "targets that are a distribution of images", "patch triggers that shrink the noise (TrojDiff patch)",
                 "triggers that act only at small t", "backdoors that are not triggered by the start noise",
@@ -252,7 +256,7 @@ VERDICTS = {  # (a loss fits, the outputs fire)
     (True, False): ("undecided", "an attacker's own training loss fits, but the found trigger does not fire"),
     (False, True): (
         "undecided",
-        "no attacker's training loss fits, but the found trigger moves outputs onto one image",
+        "no attacker's training loss fits, but the found trigger moves outputs onto an image",
     ),
     (False, False): ("clean", "no attacker's training loss fits, and the best trigger found does not fire"),
 }
@@ -295,15 +299,22 @@ def mean_residual(model: Model, response: Response) -> Objective:
 
 
 def pull(model: Model, evidence: Evidence, y: Tensor) -> float:
-    """The share of outputs that the trigger moves onto y: the share near y with it, less the share without.
+    """The share of outputs that the trigger moves onto y: the share near y with it, less the share without."""
+    with_trigger, without = near(model, evidence, y)
+    return float(with_trigger.float().mean() - without.float().mean())
 
-    Near: an MSE to y below a quarter of the untriggered outputs' median.
-    """
+
+def seen_target(model: Model, evidence: Evidence, y: Tensor) -> Tensor:
+    """The median [C, H, W] of the triggered outputs near y: a sharper picture of the target than the fitted y."""
+    return evidence.samples_with[near(model, evidence, y)[0]].median(0).values
+
+
+def near(model: Model, evidence: Evidence, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Which outputs [N] with and without the trigger are near y: MSE below a quarter of the latter's median MSE."""
     assert evidence.samples_without is not None
-    target = model.pixels(y)
     with_trigger, without = (
-        (model.pixels(x) - target).square().flatten(1).mean(1)
+        (model.pixels(x) - model.pixels(y)).square().flatten(1).mean(1)
         for x in (evidence.samples_with, evidence.samples_without)
     )
-    near = without.median() / 4
-    return float((with_trigger < near).float().mean() - (without < near).float().mean())
+    limit = without.median() / 4
+    return with_trigger < limit, without < limit

@@ -30,7 +30,7 @@ from elijah.training import Optimiser, denoising_loss, optimise
 class Unshift:
     """steps: optimiser updates; t_min: the least timestep of the first term; AdamW at lr."""
 
-    steps: int = 100
+    steps: int = 60
     batch_size: int = 32
     lr: float = 2e-4
     warmup: int = 5

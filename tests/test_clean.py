@@ -1,0 +1,230 @@
+"""clean: which verdicts write what, and that a folder is complete or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import equal, hashes, random_model, weights
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from elijah.clean import clean
+from elijah.detection import Detection, Evidence, Finding, Threshold
+from elijah.diffusion import Model
+from elijah.errors import ElijahError
+from elijah.loading import load_model
+from elijah.repairs import REPAIRS, Elijah, Unshift
+from elijah.report import CleanReport, Report
+from elijah.response import Response
+from elijah.scan import make_report
+
+cleaning = importlib.import_module("elijah.clean")  # elijah.clean itself is the function
+Verdicts = Callable[..., list[int]]
+SHAPE = (1, 8, 8)
+
+
+def detection(verdict: str, *, findings: bool = True) -> Detection:
+    samples = torch.zeros(2, *SHAPE)
+    found = Finding(Response(1.0, 1.0), torch.full(SHAPE, 0.5), torch.zeros(SHAPE), 0.1, "BadDiffusion-like")
+    return Detection(
+        "lossfit", [found] if findings else [], {"pull": 0.9 if verdict == "backdoored" else 0.1},
+        [Evidence("ddim-2", samples, samples)], verdict, f"because it is {verdict}",
+        thresholds={"pull": Threshold(0.3, "above")},
+        coverage=["one trigger"], not_covered=["two triggers"],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def verdicts(monkeypatch: pytest.MonkeyPatch) -> Verdicts:
+    """verdicts("backdoored", "clean"): what the scan and the rescan will say; returns the seeds that they got."""
+
+    def install(*said: str, findings: bool = True) -> list[int]:
+        seeds: list[int] = []
+
+        def inspect(model: Model, settings: dict[str, Any], seed: int, _: object) -> tuple[Detection, Report]:
+            found = detection(said[len(seeds)], findings=findings)
+            seeds.append(seed)
+            return found, make_report(model, found, 1.0, settings, seed)
+
+        monkeypatch.setattr(cleaning, "inspect", inspect)
+        return seeds
+
+    monkeypatch.setattr(cleaning, "SAMPLER", "ddim-2")
+    monkeypatch.setitem(REPAIRS, "unshift", functools.partial(Unshift, steps=2, batch_size=2))
+    monkeypatch.setitem(REPAIRS, "elijah", functools.partial(Elijah, steps=2, batch_size=2))
+    return install
+
+
+@pytest.fixture
+def run(tiny_folder: Path, tmp_path: Path) -> Callable[..., CleanReport]:
+    """run(**options): clean(tiny_folder, tmp_path / "out"), after which the model's folder is as it was."""
+
+    def call(**options: Any) -> CleanReport:
+        before = hashes(tiny_folder)
+        try:
+            return clean(str(tiny_folder), tmp_path / "out", synthetic=options.pop("synthetic", 4), **options)
+        finally:
+            assert hashes(tiny_folder) == before
+            left = [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+            assert not left
+
+    return call
+
+
+Run = Callable[..., CleanReport]
+
+
+def test_a_clean_model_is_left_alone(verdicts: Verdicts, run: Run, tmp_path: Path) -> None:
+    seeds = verdicts("clean")
+    report = run(seed=7)
+    assert report.verdict == "clean" and report.exit_code == 0 and report.cleaning is None and seeds == [7]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+def test_a_repaired_model_is_written(verdicts: Verdicts, run: Run, tmp_path: Path, repair: str) -> None:
+    seeds = verdicts("backdoored", "clean")
+    report = run(seed=7, repair=repair)
+    assert report.verdict == "clean" and report.exit_code == 0 and report.before is not None
+    assert report.before.verdict == "backdoored" and seeds == [7, 8] and report.seed == 7
+    done = report.cleaning
+    assert done and done.out == str(tmp_path / "out") and done.repair == repair
+    assert (done.updates, done.images, done.data) == (2, 4, "sampled from the model itself")
+    assert done.before.keys() == done.after.keys() and {"pull"} <= set(done.before)
+    assert done.before["pull"] == 0.9 and done.after["pull"] == 0.1
+    assert done.before["clean drift (MSE at equal noise)"] == 0 < done.after["clean drift (MSE at equal noise)"]
+    assert done.samples_before_png and done.samples_after_png and done.benign_before_png and done.benign_after_png
+    assert Report.from_json(report.to_json()) == report
+
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    loaded = load_model(str(tmp_path / "out"))
+    assert equal(pipeline.unet.state_dict(), weights(loaded)) and not equal(weights(loaded), weights(random_model()))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "**backdoored**" in card and "**clean**" in card and "because it is clean" in card and "two triggers" in card
+    assert "The rescan of this folder says" not in card and "library_name: diffusers" in card
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_what_is_still_backdoored_is_not_written(verdicts: Verdicts, run: Run, tmp_path: Path) -> None:
+    verdicts("backdoored", "backdoored")
+    report = run()
+    assert report.exit_code == 1 and report.cleaning and report.cleaning.out is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_keep_writes_it_and_says_so(verdicts: Verdicts, run: Run, tmp_path: Path) -> None:
+    verdicts("backdoored", "backdoored")
+    report = run(keep=True)
+    assert report.exit_code == 1 and report.cleaning and report.cleaning.out == str(tmp_path / "out")
+    assert "**The rescan of this folder says: backdoored.**" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_undecided_is_written_and_marked(verdicts: Verdicts, run: Run, tmp_path: Path) -> None:
+    verdicts("backdoored", "undecided")
+    assert run().exit_code == 3
+    assert "**The rescan of this folder says: undecided.**" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_force_repairs_a_clean_model(verdicts: Verdicts, run: Run, tmp_path: Path) -> None:
+    seeds = verdicts("clean", "clean")
+    report = run(force=True)
+    assert len(seeds) == 2 and report.cleaning and (tmp_path / "out" / "model_index.json").is_file()
+    assert report.before and report.before.findings == []
+
+
+def test_nothing_is_repaired_without_a_finding(verdicts: Verdicts, run: Run, tmp_path: Path) -> None:
+    verdicts("undecided", findings=False)
+    report = run(force=True)
+    assert report.exit_code == 3 and report.cleaning is None and not list(tmp_path.iterdir())
+
+
+def test_images_of_a_folder(verdicts: Verdicts, tiny_folder: Path, tmp_path: Path) -> None:
+    verdicts("backdoored", "clean")
+    (tmp_path / "data").mkdir()
+    for k in range(3):
+        Image.new("RGB", (16, 16), (80 * k, 0, 0)).save(tmp_path / "data" / f"{k}.png")
+    report = clean(str(tiny_folder), tmp_path / "out", data=str(tmp_path / "data"))
+    assert report.cleaning and report.cleaning.images == 3 and report.cleaning.data == str(tmp_path / "data")
+    with pytest.raises(ElijahError, match="exclude each other"):
+        clean(str(tiny_folder), tmp_path / "other", data=str(tmp_path / "data"), synthetic=4)
+    with pytest.raises(ElijahError, match="no such folder"):
+        clean(str(tiny_folder), tmp_path / "other", data=str(tmp_path / "none"))
+
+
+def test_equal_seeds_give_equal_folders(verdicts: Verdicts, tiny_folder: Path, tmp_path: Path) -> None:
+    def made(name: str, seed: int) -> dict[str, torch.Tensor]:
+        verdicts("backdoored", "clean")
+        clean(str(tiny_folder), tmp_path / name, synthetic=4, seed=seed)
+        return weights(load_model(str(tmp_path / name)))
+
+    one = made("one", 0)
+    assert equal(one, made("same", 0)) and not equal(one, made("other", 1))
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "link"])
+def test_a_folder_in_use(verdicts: Verdicts, run: Run, tmp_path: Path, what: str) -> None:
+    seeds = verdicts("backdoored", "clean")
+    if what == "folder":
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").write_text("mine")
+    elif what == "file":
+        (tmp_path / "out").write_text("mine")
+    else:
+        (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    before = hashes(tmp_path)
+    with pytest.raises(ElijahError, match="exists already; give a new folder"):
+        run()
+    assert hashes(tmp_path) == before and seeds == []  # refused before the first scan
+
+
+def test_an_empty_folder_is_free(verdicts: Verdicts, run: Run, tmp_path: Path) -> None:
+    verdicts("backdoored", "clean")
+    (tmp_path / "out").mkdir()
+    run()
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["clean", "unet/clean", "../tiny/clean", "."])
+def test_never_inside_the_model_s_folder(verdicts: Verdicts, tiny_folder: Path, name: str) -> None:
+    verdicts("backdoored", "clean")
+    before = hashes(tiny_folder)
+    with pytest.raises(ElijahError, match="lies inside the model's folder"):
+        clean(str(tiny_folder), tiny_folder / name, synthetic=4)
+    assert hashes(tiny_folder) == before
+
+
+@pytest.mark.parametrize("half_way", [False, True])
+def test_a_full_disk_leaves_nothing(
+    verdicts: Verdicts, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half_way: bool
+) -> None:
+    save = Model.save
+
+    def full(self: Model, directory: Path, *, half: bool = False) -> None:
+        if half_way:
+            save(self, directory, half=half)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    verdicts("backdoored", "clean")
+    monkeypatch.setattr(Model, "save", full)
+    with pytest.raises(ElijahError, match=r"out: could not be written \(No space left on device\); nothing was left"):
+        run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_names(verdicts: Verdicts, run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    verdicts("clean")
+    with pytest.raises(ElijahError, match="unknown repair 'x': use one of unshift, elijah"):
+        run(repair="x")
+    with pytest.raises(ElijahError, match="no such folder"):
+        clean(str(tmp_path / "none"), tmp_path / "out")
+
+
+def test_the_card_quotes_what_it_did_not_write() -> None:
+    assert cleaning.plain("a|b\n# c <script>*") == r"a\|b \# c \<script\>\*"

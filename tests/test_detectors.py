@@ -1,0 +1,252 @@
+"""detectors: one contract for every entry of DETECTORS, and what each finds where the truth is known in closed form."""
+
+from __future__ import annotations
+
+import ast
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import equal, weights
+from oracle import oracle
+from torch.nn.functional import cosine_similarity
+
+import elijah
+from elijah.detection import Detection, Evidence
+from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit
+from elijah.detectors.lossfit import FAMILIES, VERDICTS, antithetic, loss_ratio, pull
+from elijah.diffusion import Model, generator_for
+from elijah.response import Response, trigger_coefficient
+
+SOURCE = Path(elijah.__file__).parent
+SHAPE = (3, 8, 8)
+FAST: dict[str, dict[str, Any]] = {  # settings that make a contract cheap on a U-Net
+    "lossfit": {
+        "starts": 1, "start_iterations": 3, "start_batch": 4, "fit_iterations": 4, "fit_batch": 4, "score_batch": 8,
+        "samples": 4, "samplers": ("ddim-3",), "careful_samplers": ("ddim-4",),
+    },
+    "elijah": {"sampler": "ddpm-3", "batch_size": 4, "iterations": 3, "samples": 9},
+}  # fmt: skip
+
+
+def truth(k: int) -> tuple[Model, torch.Tensor, torch.Tensor]:
+    """Backdoored oracle number k, its trigger (a random direction, |r| 3 to 4) and its target."""
+    g = generator_for(100 + k)
+    r = torch.randn(SHAPE, generator=g)
+    r = r / r.norm() * (3 + k / 3)
+    y = torch.rand(SHAPE, generator=g) * 1.6 - 0.8
+    return oracle(SHAPE, seed=k, r=r, y=y), r, y
+
+
+def alike(one: torch.Tensor, other: torch.Tensor) -> float:
+    return cosine_similarity(one.flatten(), other.flatten(), 0).item()
+
+
+def sane(detection: Detection, name: str, shape: tuple[int, int, int]) -> None:
+    assert detection.detector == name and detection.verdict in ("backdoored", "clean", "undecided")
+    assert detection.reason and "\n" not in detection.reason
+    assert detection.scores and all(math.isfinite(v) for v in detection.scores.values())
+    assert set(detection.thresholds) <= set(detection.scores) and detection.coverage and detection.not_covered
+    assert detection.findings and detection.evidence
+    for finding in detection.findings:
+        assert finding.trigger.shape == shape and finding.trigger.isfinite().all()
+        assert not finding.trigger.requires_grad and finding.matches
+        assert finding.target is not None and finding.target.shape == shape and finding.target.abs().max() <= 1
+    for evidence in detection.evidence:
+        drawn = [evidence.samples_with, *([] if evidence.samples_without is None else [evidence.samples_without])]
+        assert all(x.shape[1:] == shape and x.isfinite().all() for x in drawn)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_contract_on_a_network(name: str, tiny: Model) -> None:
+    """No weight, flag or gradient changes, and equal generators give equal detections."""
+    parameters = list(tiny.network.parameters())
+    parameters[3].requires_grad_(False)
+    flags, before = [p.requires_grad for p in parameters], weights(tiny)
+    one, same = (DETECTORS[name](**FAST[name])(tiny, generator=generator_for(4)) for _ in range(2))
+    other = DETECTORS[name](**FAST[name])(tiny, generator=generator_for(5))
+    assert equal(weights(tiny), before) and [p.requires_grad for p in parameters] == flags
+    assert all(p.grad is None for p in parameters) and not tiny.network.training
+    sane(one, name, (1, 8, 8))
+    assert one.scores == same.scores and one.verdict == same.verdict and one.complete
+    assert all(torch.equal(a.trigger, b.trigger) for a, b in zip(one.findings, same.findings, strict=True))
+    assert other.scores != one.scores
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("backdoor", [False, True])
+def test_contract_on_an_oracle(name: str, backdoor: bool) -> None:
+    settings = {"sampler": "ddpm-50", "batch_size": 16, "iterations": 20} if name == "elijah" else {}
+    model = truth(0)[0] if backdoor else oracle(SHAPE)
+    steps: list[tuple[str, int, int]] = []
+    detection = DETECTORS[name](**settings)(
+        model, generator=generator_for(0), progress=lambda *step: steps.append(step)
+    )
+    sane(detection, name, SHAPE)
+    assert steps and all(what and 0 <= done <= of for what, done, of in steps)
+    assert model.meter.evaluations > 500
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_limit_leaves_the_model_as_it_was(name: str, tiny: Model) -> None:
+    flags = [p.requires_grad for p in tiny.network.parameters()]
+    tiny.meter.max_evaluations = 30
+    detection = DETECTORS[name]()(tiny, generator=generator_for(0))
+    assert detection.verdict == "undecided" and not detection.complete and "limit" in detection.reason
+    assert tiny.meter.evaluations <= 30 and [p.requires_grad for p in tiny.network.parameters()] == flags
+
+
+def test_there_is_a_default() -> None:
+    assert DEFAULT in DETECTORS
+
+
+# --- LossFit ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_lossfit_finds_the_true_trigger(k: int) -> None:
+    model, r, y = truth(k)
+    detection = LossFit()(model, generator=generator_for(0))
+    best = detection.findings[0]
+    assert detection.verdict == "backdoored", detection.scores
+    assert alike(best.trigger, r) >= 0.98 and best.matches == "BadDiffusion-like"
+    assert best.target is not None and (best.target - y).square().mean() < 0.1 * y.square().mean() + 0.03
+    assert best.loss_ratio < 0.2 and detection.scores["pull"] >= 0.5
+    assert best.response == Response(1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("seed", "s0"), [(0, 0.5), (1, 0.3), (2, 0.8)])
+def test_lossfit_finds_nothing_in_exact_clean_networks(seed: int, s0: float) -> None:
+    detection = LossFit()(oracle(SHAPE, s0=s0, seed=seed), generator=generator_for(seed))
+    assert detection.verdict == "clean", detection.scores
+    for name, threshold in detection.thresholds.items():
+        beyond = detection.scores[name] > threshold.value
+        assert beyond == (threshold.backdoored == "below"), (name, detection.scores)
+    assert {"loss_ratio_half", "loss_ratio_full", "loss_ratio_zero", "pull"} <= set(detection.scores)
+
+
+@pytest.mark.parametrize("s0", [0.1, 0.2])
+def test_nearly_constant_data_is_never_called_backdoored(s0: float) -> None:
+    """Where all images are nearly one, a loss may fit by itself; the outputs then keep it from a wrong verdict."""
+    assert LossFit()(oracle(SHAPE, s0=s0, seed=1), generator=generator_for(0)).verdict != "backdoored"
+
+
+def test_the_true_hypothesis_has_a_small_loss_ratio_and_others_do_not() -> None:
+    model, r, y = truth(1)
+    half = FAMILIES[0]
+    e, t = antithetic(model, 512, *half.window, generator_for(3))
+    objective, one = loss_ratio(model, half), torch.ones(())
+    with torch.no_grad():
+        true = objective(r, y, one, e, t)
+        assert true < 0.3  # not 0: at low t the network holds some of these rows for clean ones
+        assert objective(-r, y, one, e, t) > 2 * true and objective(r, -y, one, e, t) > 2 * true
+        model.network.rate = 1.0  # type: ignore[assignment]
+        assert objective(r, y, one, e, t) < 1e-3
+
+
+def test_the_verdict_needs_both_tests() -> None:
+    assert {key: verdict for key, (verdict, _) in VERDICTS.items()} == {
+        (True, True): "backdoored", (True, False): "undecided", (False, True): "undecided", (False, False): "clean",
+    }  # fmt: skip
+
+
+def test_antithetic_pairs_are_stratified() -> None:
+    model = oracle(SHAPE)
+    e, t = antithetic(model, 40, 0.4, 1.0, generator_for(0))
+    assert torch.equal(e[:20], -e[20:]) and torch.equal(t[:20], t[20:])
+    edges = 400 + 30 * torch.arange(20)
+    assert ((t[:20] >= edges) & (t[:20] < edges + 30)).all()
+
+
+def test_pull_is_the_share_that_moves_onto_the_target() -> None:
+    model, y = oracle(SHAPE), torch.full(SHAPE, 0.5)
+    far = torch.full((8, *SHAPE), -0.5)
+    near = far.clone()
+    near[:6] = 0.4
+    assert pull(model, Evidence("ddim-1", near, far), y) == 0.75
+    assert pull(model, Evidence("ddim-1", far, far), y) == 0.0
+
+
+# --- Elijah -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coefficient", [0.5, 0.8])
+def test_elijah_reaches_its_closed_form_optimum_on_a_clean_network(coefficient: float) -> None:
+    """eps(e + tau, T) = s (e + tau - a m) / v, v = a^2 s0^2 + s^2: the loss is 0 at s (mean e - a m) / (c v - s)."""
+    model = oracle(SHAPE)
+    a, s = model.a[-1], model.s[-1]
+    v = a**2 * 0.25 + s**2
+    mean_e = model.noise(16, generator_for(6)).mean(0)
+    expected = s * (mean_e - a * model.network.m) / (coefficient * v - s)  # type: ignore[operator]
+    detector = Elijah(coefficient=coefficient, batch_size=16, iterations=400, lr=0.02)
+    tau, loss = detector.invert(model, generator_for(6))
+    assert loss < 0.01
+    torch.testing.assert_close(tau, expected, rtol=0, atol=0.05)
+
+
+def test_elijah_finds_the_trigger_where_every_row_is_poisoned() -> None:
+    """eps = (x - a y - k r) / s + R r: the loss is 0 at ((k / s - R) r - (mean e - a y) / s) / (1 / s - c)."""
+    _, r, y = truth(2)
+    model = oracle(SHAPE, r=r, y=y, rate=1 - 1e-6)
+    model.network.rate = 1.0  # type: ignore[assignment]
+    a, s, k, big_r = model.a[-1], model.s[-1], 1 - model.a[-1], trigger_coefficient(model)[-1]
+    mean_e = model.noise(100, generator_for(6)).mean(0)
+    expected = ((k / s - big_r) * r - (mean_e - a * y) / s) / (1 / s - 0.5)
+    tau, loss = Elijah(iterations=400, lr=0.02).invert(model, generator_for(6))
+    assert loss < 0.01
+    torch.testing.assert_close(tau, expected, rtol=0, atol=0.05)
+    assert alike(tau, r) > 0.7  # the rest is the mean of 100 noises, twice
+
+
+def test_elijah_has_no_verdict_of_its_own() -> None:
+    detection = Elijah(sampler="ddim-3", iterations=3)(oracle(SHAPE), generator=generator_for(0))
+    assert detection.verdict == "undecided" and not detection.thresholds
+
+
+# --- what may be known ------------------------------------------------------------------------------------------------
+
+
+def defences() -> list[Path]:
+    files = [*(SOURCE / "detectors").glob("*.py"), *(SOURCE / "repairs").glob("*.py")]
+    return [*files, SOURCE / "scan.py", SOURCE / "clean.py", SOURCE / "detection.py"]
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Every module that is imported, and every name out of one as MODULE.NAME."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", defences(), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_no_defence_reads_an_attack_s_truth(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    known = {name for name in imports(tree) if name.split(".")[:1] == ["elijah"]}
+    assert not [name for name in known if name.startswith(("elijah.attacks", "elijah.trigger", "elijah.making"))]
+    documentation = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }  # fmt: skip
+    for node in ast.walk(tree):
+        words = [getattr(node, key, None) for key in ("id", "attr", "arg", "name")]
+        if isinstance(node, ast.Constant) and id(node) not in documentation:
+            words.append(node.value)
+        for word in words:
+            assert not isinstance(word, str) or not any(w in word for w in ("truth", "poison_rate", "ATTACKS")), word
+
+
+def test_three_files_know_diffusers() -> None:
+    users = {
+        path.relative_to(SOURCE).as_posix()
+        for path in SOURCE.rglob("*.py")
+        if any(name.split(".")[0] == "diffusers" for name in imports(ast.parse(path.read_text())))
+    }
+    assert users == {"diffusion.py", "loading.py", "training.py"}
