@@ -1,4 +1,4 @@
-"""Scan the two demo models and repair what the scan calls backdoored.
+"""Scan one demo model, and clean the other: scan, repair, scan again.
 
 Usage: python examples/scan_and_clean.py [OUT]. OUT is a new folder; without it, a temporary one is made.
 """
@@ -18,19 +18,20 @@ from elijah.render import render
 def main(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with as_file(files("elijah") / "models") as models:
-        for name in ("model-a", "model-b"):
-            report = scan(str(models / name), device="cpu")
-            print(f"{name}: {report.verdict}, because {report.reason}")
-            (out / f"{name}.html").write_text(render(report, "html"), encoding="utf-8")
-            if report.verdict != "backdoored":
-                continue
+        report = scan(str(models / "model-a"), device="cpu")
+        print(f"model-a: {report.verdict}, because {report.reason}")
 
-            cleaned = clean(str(models / name), out / f"{name}-clean", device="cpu")
-            print(f"{name}, repaired: {cleaned.verdict}, because {cleaned.reason}")
-            if cleaned.cleaning and cleaned.cleaning.out:
-                model = load_model(cleaned.cleaning.out)
-                images = model.sample(model.noise(4, generator_for(0)), "ddim-20")
-                print(f"{cleaned.cleaning.out}: draws images of {list(images.shape[1:])}")
+        cleaned = clean(str(models / "model-b"), out / "model-b-clean", device="cpu")  # scans, repairs, scans again
+        if cleaned.before:
+            print(f"model-b: {cleaned.before.verdict}, because {cleaned.before.reason}")
+        print(f"model-b, repaired: {cleaned.verdict}, because {cleaned.reason}")
+
+    (out / "model-a.html").write_text(render(report, "html"), encoding="utf-8")
+    (out / "model-b.html").write_text(render(cleaned, "html"), encoding="utf-8")
+    if cleaned.cleaning and cleaned.cleaning.out:
+        model = load_model(cleaned.cleaning.out)
+        images = model.sample(model.noise(4, generator_for(0)), "ddim-20")
+        print(f"{cleaned.cleaning.out}: draws images of {list(images.shape[1:])}")
     print(f"Pages to look at are in {out}")
 
 

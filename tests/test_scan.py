@@ -132,7 +132,7 @@ def test_wrong_names(tiny_folder: Path) -> None:
 
 
 def test_a_model_of_the_usual_size_fits_in_memory(tmp_path: Path) -> None:
-    """google/ddpm-cifar10-32's network, random, fp16, in that repository's flat layout. About 25 s on one core."""
+    """google/ddpm-cifar10-32's network, random, fp16, in that repository's flat layout. 25 to 45 s."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(0)
         network: Any = UNet2DModel(**CIFAR10)

@@ -11,7 +11,7 @@ Notation, used in the whole package:
     r, y       a trigger and its target, in the range of x0
     evaluation one forward of the network on one sample; its backward counts two more
 
-Only this file, loading.py and training.py know diffusers.
+Only this file, training.py, loading.py and its allowed.py know diffusers.
 """
 
 from __future__ import annotations

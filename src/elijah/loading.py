@@ -9,8 +9,8 @@ What is read: JSON and safetensors, nothing else. What is believed: nothing. The
     5. the network: built without memory, then run on shapes alone      _read_network
     6. the weights: headers, names and shapes, then finite values       _read_weights
 
-Classes come from the tables below, never from a name in a file. Where a folder holds several sets of weights, the set
-that stock diffusers would load is read and the others are noted. Nothing is ever written to the folder.
+Classes come from the tables of allowed.py, never from a name in a file. Where a folder holds several sets of weights,
+the set that stock diffusers would load is read and the others are noted. Nothing is ever written to the folder.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import hashlib
 import inspect
 import json
 import os
-import re
 import reprlib
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import huggingface_hub.errors as hub
@@ -35,154 +34,34 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from elijah.allowed import (
+    BUILD_ERRORS,
+    DTYPES,
+    HUB_FILES,
+    HUB_ID,
+    LIBRARIES,
+    MAX_FILES,
+    MAX_JSON_BYTES,
+    MAX_NOTES,
+    MAX_PARAMETERS,
+    NETWORKS,
+    NEW_ATTENTION,
+    OLD_ATTENTION,
+    PICKLES,
+    PIPELINES,
+    REASONS,
+    REMOTE_CODE,
+    SAMPLER,
+    SCHEDULE,
+    SCHEDULERS,
+    SHARD,
+    STEM,
+    UNET,
+    WEIGHTS,
+    Check,
+)
 from elijah.diffusion import Model, Provenance
 from elijah.errors import ElijahError, Unsupported
-
-MAX_JSON_BYTES = 10_000_000
-MAX_FILES = 100_000  # in the folder, all levels
-MAX_PARAMETERS = 5_000_000_000
-MAX_TIMESTEPS = 100_000
-MAX_NOTES = 20  # of one sort
-
-PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-NETWORKS: dict[str, Any] = {"UNet2DModel": diffusers.UNet2DModel}
-SCHEDULERS: dict[str, Any] = {  # variance-preserving, discrete, all with the fields of SCHEDULE
-    "DDPMScheduler": diffusers.DDPMScheduler,
-    "DDIMScheduler": diffusers.DDIMScheduler,
-    "PNDMScheduler": diffusers.PNDMScheduler,
-    "DPMSolverMultistepScheduler": diffusers.DPMSolverMultistepScheduler,
-    "DPMSolverSinglestepScheduler": diffusers.DPMSolverSinglestepScheduler,
-    "UniPCMultistepScheduler": diffusers.UniPCMultistepScheduler,
-    "DEISMultistepScheduler": diffusers.DEISMultistepScheduler,
-    "HeunDiscreteScheduler": diffusers.HeunDiscreteScheduler,
-}
-LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "latent_diffusion")  # of sound model_index.json entries
-REASONS = {  # stock classes with a reason better than "not on the list"
-    "LDMPipeline": "a latent model",
-    "LDMSuperResolutionPipeline": "conditioned on an image",
-    "ScoreSdeVePipeline": "a variance-exploding (NCSN) model",
-    "ScoreSdeVeScheduler": "a variance-exploding (NCSN) process",
-    "KarrasVePipeline": "a variance-exploding model",
-    "KarrasVeScheduler": "a variance-exploding process",
-    "EDMEulerScheduler": "an EDM process",
-    "EDMDPMSolverMultistepScheduler": "an EDM process",
-    "DiTPipeline": "class-conditional",
-    "StableDiffusionPipeline": "text-conditioned",
-    "StableDiffusionXLPipeline": "text-conditioned",
-    "UNet2DConditionModel": "text-conditioned",
-}
-REMOTE_CODE = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-STEM = "diffusion_pytorch_model"
-WEIGHTS = (  # in the order of stock diffusers: plain before half precision, an index before a single file
-    f"{STEM}.safetensors.index.json",
-    f"{STEM}.safetensors",
-    f"{STEM}.safetensors.index.fp16.json",
-    f"{STEM}.safetensors.fp16.index.json",
-    f"{STEM}.fp16.safetensors",
-)
-HUB_FILES = [
-    "model_index.json",
-    "scheduler_config.json",
-    "scheduler/scheduler_config.json",
-    *(f"{part}{name}" for part in ("", "unet/") for name in ("config.json", *WEIGHTS, f"{STEM}*-of-*.safetensors")),
-]
-SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-DTYPES = ("F16", "BF16", "F32", "F64")
-OLD_ATTENTION = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")  # before diffusers 0.15
-NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-BUILD_ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError)
-
-
-class Check(NamedTuple):
-    """What a configuration field must be, in words and as a test."""
-
-    wants: str
-    ok: Callable[[Any], bool]
-
-
-def _integer(low: int, high: int) -> Check:
-    return Check(f"an integer from {low} to {high}", lambda v: type(v) is int and low <= v <= high)
-
-
-def _number(low: float, high: float) -> Check:
-    return Check(f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high)
-
-
-def _one_of(*names: str) -> Check:
-    return Check(f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names)
-
-
-def _several(item: Check, low: int, high: int) -> Check:
-    count = str(low) if low == high else f"{low} to {high}"
-    wants = f"a list of {count}, each {item.wants}"
-    return Check(wants, lambda v: isinstance(v, list) and low <= len(v) <= high and all(map(item.ok, v)))
-
-
-def _either(*checks: Check) -> Check:
-    return Check(" or ".join(c.wants for c in checks), lambda v: any(c.ok(v) for c in checks))
-
-
-FLAG = Check("true or false", lambda v: type(v) is bool)
-NULL = Check("null", lambda v: v is None)
-SIDE = _integer(2, 1024)
-
-UNET: dict[str, Check] = {  # the fields of UNet2DModel; others are dropped, as diffusers does
-    "sample_size": _either(SIDE, _several(SIDE, 2, 2)),
-    "in_channels": _integer(1, 64),
-    "out_channels": _integer(1, 128),
-    "center_input_sample": FLAG,
-    "time_embedding_type": _one_of("positional", "learned"),
-    "time_embedding_dim": _either(_integer(1, 65536), NULL),
-    "freq_shift": _integer(0, 1),
-    "flip_sin_to_cos": FLAG,
-    "down_block_types": _several(_one_of("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"), 1, 10),
-    "mid_block_type": _either(_one_of("UNetMidBlock2D"), NULL),
-    "up_block_types": _several(_one_of("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"), 1, 10),
-    "block_out_channels": _several(_integer(4, 4096), 1, 10),
-    "layers_per_block": _integer(1, 16),
-    "mid_block_scale_factor": _number(1e-3, 1e3),
-    "downsample_padding": _integer(0, 1),
-    "downsample_type": _one_of("conv", "resnet"),
-    "upsample_type": _one_of("conv", "resnet"),
-    "dropout": _number(0, 1),
-    "act_fn": _one_of("silu", "swish", "mish", "gelu", "relu"),
-    "attention_head_dim": _either(_integer(1, 4096), NULL),
-    "norm_num_groups": _integer(1, 4096),
-    "attn_norm_num_groups": _either(_integer(1, 4096), NULL),
-    "norm_eps": _number(1e-12, 1),
-    "resnet_time_scale_shift": _one_of("default", "scale_shift"),
-    "add_attention": FLAG,
-    "num_train_timesteps": _either(_integer(2, MAX_TIMESTEPS), NULL),
-}
-SCHEDULE: dict[str, Check] = {  # what a(t), s(t) and the meaning of the output depend on
-    "num_train_timesteps": _integer(2, MAX_TIMESTEPS),
-    "beta_start": _number(0, 1),
-    "beta_end": _number(0, 1),
-    "beta_schedule": _one_of("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp"),
-    "trained_betas": _either(_several(_number(0, 1), 2, MAX_TIMESTEPS), NULL),
-    "prediction_type": _one_of("epsilon", "v_prediction"),
-    "rescale_betas_zero_snr": FLAG,
-}
-SAMPLER: dict[str, Check] = {  # how the folder's own scheduler steps; kept, so that a cleaned copy samples alike
-    "variance_type": _either(_one_of("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"), NULL),
-    "timestep_spacing": _one_of("linspace", "leading", "trailing"),
-    "steps_offset": _integer(0, 1000),
-    "dynamic_thresholding_ratio": _number(0, 1),
-    "clip_sample_range": _number(0, 1e6),
-    "sample_max_value": _number(0, 1e6),
-    "solver_order": _integer(1, 3),
-    "solver_type": _one_of("midpoint", "heun", "bh1", "bh2", "logrho"),
-    "algorithm_type": _one_of("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis"),
-    "final_sigmas_type": _one_of("zero", "sigma_min"),
-    "lambda_min_clipped": _number(float("-inf"), 0),
-    "disable_corrector": _several(_integer(0, 1000), 0, 1000),
-    **dict.fromkeys(("clip_sample", "thresholding", "set_alpha_to_one", "skip_prk_steps", "lower_order_final"), FLAG),
-    **dict.fromkeys(("euler_at_final", "predict_x0", "use_karras_sigmas", "use_exponential_sigmas"), FLAG),
-    **dict.fromkeys(("use_beta_sigmas", "use_lu_lambdas"), FLAG),
-}
 
 
 def load_model(
@@ -200,7 +79,7 @@ def load_model(
     Raises ElijahError (exit code 2) for what is missing, broken or hostile and Unsupported (3) for a sound model of a
     kind that cannot be scanned; the message is one line.
     """
-    place = _device(device)
+    place = find_device(device)
     try:
         folder = _find(source, revision, offline)
         folder.survey()
@@ -314,7 +193,7 @@ def _refusal(where: str, why: str, kind: type[ElijahError] = ElijahError) -> Eli
     return kind(_printable(f"{where}: {why}"))
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     """The device called name; raises ElijahError when it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

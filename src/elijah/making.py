@@ -16,7 +16,7 @@ from elijah.data import load_images, to_uint8
 from elijah.diffusion import generator_for
 from elijah.errors import ElijahError
 from elijah.files import new_folder, write_file, write_folder
-from elijah.loading import load_model
+from elijah.loading import find_device, load_model
 from elijah.report import png_base64
 from elijah.training import Optimiser, new_model, train
 from elijah.trigger import Target, Trigger, make_target, make_trigger
@@ -66,7 +66,7 @@ def train_folder(
         base = load_model(start, device=device)
     else:
         base = new_model((data.channels or 3, data.size or 32, data.size or 32), seed=seed, prediction=prediction)
-        base.network.to(_place(device))
+        base.network.to(find_device(device))
     images = data.load(base.sample_shape)
     talk.say(f"training {base.parameters:,} parameters on {len(images):,} images, {base.device}")
     try:
@@ -142,12 +142,3 @@ def attack_folder(
 
 def _png(pattern: Trigger | Target) -> str:
     return png_base64(to_uint8(pattern.image[None])[0].permute(1, 2, 0).numpy())
-
-
-def _place(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ElijahError(f"--device {device}: no such device here; use auto or cpu") from error
