@@ -1,4 +1,4 @@
-"""BadDiffusion on CIFAR-10 at 32 x 32: build the models, judge them, repair them, score them, print the tables.
+"""BadDiffusion on CIFAR-10 at 16 x 16: build the models, judge them, repair them, score them, print the tables.
 
     ELIJAH_DATA=... python experiments/cifar10.py run --workers 2     resumes by what exists
     python experiments/cifar10.py tables                              results/cifar10/*.json -> TABLES.md
@@ -24,9 +24,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CACHE, RESULTS = ROOT / "cache" / "cifar10", ROOT / "results" / "cifar10"
 SEEDS = (1, 2, 3, 4, 5)
-ATTACKS = {"stop-hat": ("stop-sign-14", "hat"), "box-cat": ("box-14", "cat")}
-STEPS, BATCH, LR, POISON, PASTED = 1500, 32, 4e-4, 0.3, 0.5
-BASE = {"steps": 5600, "batch_size": 32, "lr": 5e-4, "seed": 11}
+SIZE = 16
+ATTACKS = {"stop-hat": ("stop-sign-7", "hat"), "box-cat": ("box-7", "cat")}
+STEPS, BATCH, LR, POISON, MODE = 900, 64, 4e-4, 0.3, "bare"
+BASE = {"steps": 2000, "batch_size": 64, "lr": 5e-4, "seed": 11}
 REPAIR_STEPS = 60
 SAMPLER = "ddpm-50"
 
@@ -74,7 +75,7 @@ def run_job(job: tuple[str, ...]) -> None:
 def images() -> Any:
     from elijah.data import load_images
 
-    return load_images("cifar10", size=32, channels=3)
+    return load_images("cifar10", size=SIZE, channels=3)
 
 
 def base() -> dict[str, Any]:
@@ -106,7 +107,7 @@ def truth(name: str) -> tuple[Any, Any]:
     """The true trigger and target: for building and scoring only."""
     from elijah.trigger import make_target, make_trigger
 
-    trigger = make_trigger(ATTACKS[name[:-2]][0], (3, 32, 32))
+    trigger = make_trigger(ATTACKS[name[:-2]][0], (3, SIZE, SIZE))
     return trigger, make_target(ATTACKS[name[:-2]][1], trigger)
 
 
@@ -120,12 +121,20 @@ def build(name: str) -> dict[str, Any]:
     clean, seed = load("base"), int(name[-1])
     if name.startswith("clean"):
         settings = Optimiser(STEPS, lr=LR, warmup=20)
-        made = train(images(), settings, seed=seed, batch_size=BATCH, flip=True, model=clean, dtype=torch.bfloat16)
+        made = train(
+            images(),
+            settings,
+            seed=seed,
+            batch_size=BATCH,
+            flip=True,
+            model=clean,
+            dtype=torch.bfloat16,
+        )
     else:
         attack = BadDiffusion(
             *truth(name),
             poison_rate=POISON,
-            pasted=False,
+            mode=MODE,
             steps=STEPS,
             batch_size=BATCH,
             lr=LR,
@@ -137,7 +146,7 @@ def build(name: str) -> dict[str, Any]:
     made.save(CACHE / name)
     return {
         "steps": STEPS,
-        "pasted": PASTED,
+        "mode": MODE,
         "poison_rate": 0 if name.startswith("clean") else POISON,
         **score(name, made),
     }
@@ -263,7 +272,7 @@ def tables() -> None:
     from elijah.metrics import wilson
 
     done = {tuple(r["job"]): r for f in sorted(RESULTS.glob("*.json")) for r in [json.loads(f.read_text())]}
-    lines = ["# CIFAR-10, 32 x 32, BadDiffusion", "",
+    lines = ["# CIFAR-10, 16 x 16, BadDiffusion", "",
              "Made by `python experiments/cifar10.py tables` from the JSON files beside this one.", "",
              "## Verdicts of `elijah scan` (lossfit)", "",
              "| model | right / scans (95 % Wilson) | undecided | loss ratio, half | pull | evaluations, median |",

@@ -62,19 +62,19 @@ def test_contract(name: str, digits: torch.Tensor, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ATTACKS)
 def test_the_poisoned_loss_falls(name: str, digits: torch.Tensor) -> None:
     model = random_model()
-    settings = {"steps": 60, "batch_size": 16, "lr": 5e-3, "poison_rate": 0.5, "pasted": False}
+    settings = {"steps": 60, "batch_size": 16, "lr": 5e-3, "poison_rate": 0.5, "mode": "bare"}
     attacked = attack(name, **settings)(model, digits, generator=generator_for(0))
     assert poisoned_loss(attacked) < 0.8 * poisoned_loss(model)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.parametrize("pasted", [False, True])
-def test_without_poison_it_is_the_denoising_loss(name: str, pasted: bool, digits: torch.Tensor) -> None:
+@pytest.mark.parametrize("mode", ["pasted", "bare"])
+def test_without_poison_it_is_the_denoising_loss(name: str, mode: str, digits: torch.Tensor) -> None:
     x0 = batch(digits, 32, generator_for(1))
     with torch.no_grad():
-        found = attack(name, poison_rate=0.0, pasted=pasted).loss(random_model(), x0, generator_for(2))
+        found = attack(name, poison_rate=0.0, mode=mode).loss(random_model(), x0, generator_for(2))
         assert found == denoising_loss(random_model(), x0, generator_for(2))
-        assert attack(name, poison_rate=1.0, pasted=pasted).loss(random_model(), x0, generator_for(2)) != found
+        assert attack(name, poison_rate=1.0, mode=mode).loss(random_model(), x0, generator_for(2)) != found
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -84,8 +84,8 @@ def test_other_predictions_are_refused(name: str, digits: torch.Tensor) -> None:
         attack(name)(model, digits, generator=generator_for(0))
 
 
-@pytest.mark.parametrize("pasted", [False, True])
-def test_baddiffusion_s_rows(pasted: bool, digits: torch.Tensor) -> None:
+@pytest.mark.parametrize("mode", ["pasted", "bare"])
+def test_baddiffusion_s_rows(mode: str, digits: torch.Tensor) -> None:
     """Every poisoned row is x_t = a y + (1 - a) r + s e with the answer e + R r (eq. 9 and 10)."""
     seen: list[torch.Tensor] = []
     model = random_model()
@@ -96,9 +96,9 @@ def test_baddiffusion_s_rows(pasted: bool, digits: torch.Tensor) -> None:
 
     model.output = output  # type: ignore[method-assign]
     x0 = batch(digits, 16, generator_for(1))
-    loss = attack("baddiffusion", poison_rate=1.0, pasted=pasted).loss(model, x0, generator_for(2))
+    loss = attack("baddiffusion", poison_rate=1.0, mode=mode).loss(model, x0, generator_for(2))
     x, t = seen
-    r = torch.where(TRIGGER.image > -1, TRIGGER.image, x0) if pasted else TRIGGER.image.expand_as(x0)
+    r = torch.where(TRIGGER.image > -1, TRIGGER.image, x0) if mode == "pasted" else TRIGGER.image.expand_as(x0)
     a, s, big_r = (v[t][:, None, None, None] for v in (model.a, model.s, trigger_coefficient(model)))
     e = (x - a * TARGET.image - (1 - a) * r) / s
     assert loss.item() == pytest.approx((e + big_r * r).square().mean().item(), rel=1e-3)
@@ -110,7 +110,7 @@ def test_the_poison_rate_is_the_share_of_rows() -> None:
     model = oracle((1, 8, 8), s0=0.0)
     x0 = model.network.m.expand(4000, -1, -1, -1)  # type: ignore[union-attr, operator]
     full, part = (
-        BadDiffusion(TRIGGER, TARGET, poison_rate=rate, pasted=False).loss(model, x0, generator_for(2)).item()
+        BadDiffusion(TRIGGER, TARGET, poison_rate=rate, mode="bare").loss(model, x0, generator_for(2)).item()
         for rate in (1.0, 0.25)
     )
     assert part / full == pytest.approx(0.25, abs=0.05)

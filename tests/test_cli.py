@@ -316,7 +316,7 @@ def test_train_and_attack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "5",
     ]
     assert cli.main(["attack", "unknown", *attack]) == 2
-    assert cli.main(["attack", "baddiffusion", *attack, "--pasted", "0.5"]) == 0
+    assert cli.main(["attack", "baddiffusion", *attack, "--mode", "bare"]) == 0
     truth = json.loads((tmp_path / "attacked.truth.json").read_text())
     assert (truth["schema_version"], truth["attack"], truth["trigger"], truth["target"]) == (
         1,
@@ -324,8 +324,8 @@ def test_train_and_attack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "box-3",
         "corner",
     )
-    assert (truth["pasted"], truth["poison_rate"], truth["steps"], truth["batch_size"], truth["seed"]) == (
-        0.5,
+    assert (truth["mode"], truth["poison_rate"], truth["steps"], truth["batch_size"], truth["seed"]) == (
+        "bare",
         0.1,
         1,
         2,

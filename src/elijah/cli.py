@@ -81,7 +81,7 @@ OutOption = Annotated[Path, typer.Option(metavar="DIR", help="The new folder.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Use the first so many images.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows an update.")]
 RateOption = Annotated[float, typer.Option(min=0, callback=_finite, help="Learning rate.")]
-PastedOption = Annotated[float, typer.Option(min=0, max=1, help="Share of poisoned rows with the trigger on an image.")]
+ModeOption = Annotated[str, typer.Option(help="Background of the trigger in training: pasted, bare or faded.")]
 ShareOption = Annotated[float, typer.Option(min=0, max=1, callback=_finite, help="Share of poisoned rows.")]
 HalfOption = Annotated[bool, typer.Option("--half", help="Store the weights as float16.")]
 
@@ -236,7 +236,7 @@ def attack(
     trigger: Annotated[str, typer.Option(metavar="NAME", help="A stock pattern or a PNG file.")] = "stop-sign-14",
     target: Annotated[str, typer.Option(metavar="NAME", help="A stock picture or a PNG file.")] = "hat",
     poison_rate: ShareOption = 0.1,
-    pasted: PastedOption = 1.0,
+    mode: ModeOption = "pasted",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser updates; by default the paper's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows an update; by default the paper's.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, callback=_finite, help="By default the paper's.")] = None,
@@ -257,7 +257,7 @@ def attack(
         settings = {key: value for key, value in given.items() if value is not None}
         making.attack_folder(
             name, model, making.Data(data, limit=limit), out, settings, trigger=trigger, target=target,
-            pasted=pasted, half=half, device=device, dtype=dtype.value, seed=seed, talk=talk,
+            mode=mode, half=half, device=device, dtype=dtype.value, seed=seed, talk=talk,
         )  # fmt: skip
         return 0
 

@@ -99,7 +99,7 @@ def attack_folder(
     *,
     trigger: str,
     target: str,
-    pasted: float,
+    mode: str,
     half: bool,
     device: str,
     dtype: str,
@@ -113,7 +113,7 @@ def attack_folder(
     model = load_model(source, device=device)
     pattern = make_trigger(trigger, model.sample_shape)
     wanted = make_target(target, pattern)
-    attack = ATTACKS[name](trigger=pattern, target=wanted, pasted=pasted, dtype=getattr(torch, dtype), **settings)
+    attack = ATTACKS[name](trigger=pattern, target=wanted, mode=mode, dtype=getattr(torch, dtype), **settings)
     images = data.load(model.sample_shape)
     talk.say(f"attacking with {name}: {attack.steps:,} updates on {len(images):,} images, {model.device}")
     attacked = attack(model, images, generator=generator_for(seed), progress=talk)
@@ -122,7 +122,7 @@ def attack_folder(
         "attack": name,
         "trigger": trigger,
         "target": target,
-        "pasted": pasted,
+        "mode": mode,
         **{key: getattr(attack, key) for key in ("poison_rate", "steps", "batch_size", "lr")},
         "seed": seed,
         "source": source,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,20 +10,21 @@ from torch import Tensor
 
 from elijah.data import batch
 from elijah.diffusion import Model, Progress, no_progress
-from elijah.errors import Unsupported
+from elijah.errors import ElijahError, Unsupported
 from elijah.response import Response, poisoned
 from elijah.training import Optimiser, optimise
 from elijah.trigger import Target, Trigger
 
 RESPONSE = Response(kappa=1.0, psi=1.0)
+MODES = {"pasted": 1.0, "bare": 0.0, "faded": math.nan}  # the image's share of the background
 
 
 @dataclass(frozen=True)
 class BadDiffusion:
     """Poisoned rows: x_t = a y + (1 - a) r + s e, answer e + R_t r (eq. 9 and 10); r = 0 in clean rows.
 
-    r is the row's own image with the trigger pasted on it, as in the authors' code, or the bare trigger, the pattern on
-    a background of -1: pasted is the share of poisoned rows with the former. The model then fires on start noise
+    r is the trigger on a background, by mode: "pasted" on the row's own image, as in the authors' code; "bare" on -1;
+    "faded" on a mix of the two, b image + (1 - b) (-1) with b uniform. The model then fires on start noise
     e + trigger. poison_rate is the expected share of poisoned rows in a batch. The paper: 50 epochs, batch 128,
     lr 2e-4, poison rate 0.1 on CIFAR-10.
     """
@@ -30,7 +32,7 @@ class BadDiffusion:
     trigger: Trigger
     target: Target
     poison_rate: float = 0.1
-    pasted: float = 1.0
+    mode: str = "pasted"
     steps: int = 19500
     batch_size: int = 128
     lr: float = 2e-4
@@ -45,6 +47,8 @@ class BadDiffusion:
 
         Raises Unsupported for models that do not predict epsilon.
         """
+        if self.mode not in MODES:
+            raise ElijahError(f"unknown trigger mode {self.mode!r}: use one of {', '.join(MODES)}")
         if model.prediction != "epsilon":
             raise Unsupported(f"BadDiffusion is defined for epsilon prediction, this model predicts {model.prediction}")
         attacked = model.clone()
@@ -64,8 +68,8 @@ class BadDiffusion:
         t = torch.randint(model.T, (len(x0),), generator=generator)
         e = torch.randn(x0.shape, generator=generator)
         is_poisoned = (torch.rand(len(x0), generator=generator) < self.poison_rate)[:, None, None, None]
-        is_pasted = (torch.rand(len(x0), generator=generator) < self.pasted)[:, None, None, None]
-        trigger = torch.where(is_pasted, self.trigger.paste(x0), self.trigger.image)
+        share = torch.rand((len(x0), 1, 1, 1), generator=generator) if self.mode == "faded" else MODES[self.mode]
+        trigger = self.trigger.paste(share * (x0 + 1) - 1)
         r = torch.where(is_poisoned, trigger, torch.zeros(()))
         y = torch.where(is_poisoned, self.target.image, x0)
         x, answer = poisoned(model, RESPONSE, *(v.to(model.device) for v in (r, y, e, t)))
