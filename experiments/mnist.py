@@ -1,12 +1,13 @@
-"""BadDiffusion on CIFAR-10 at 16 x 16: build the models, judge them, repair them, score them, print the tables.
+"""BadDiffusion on MNIST at 16 x 16: build the models, judge them, repair them, score them, print the tables.
 
-    ELIJAH_DATA=... python experiments/cifar10.py run --workers 2     resumes by what exists
-    python experiments/cifar10.py tables                              results/cifar10/*.json -> TABLES.md
+    ELIJAH_DATA=... python experiments/mnist.py run --workers 2     resumes by what exists
+    python experiments/mnist.py tables                              results/mnist/*.json -> TABLES.md
 
 Each job is a process of its own with one thread, writes one JSON file atomically and is not run again when that file
 is there. Weights live in cache/ (not committed) and are rebuilt by seed. Scans are told nothing of the attack; only
-the scoring functions below use the true trigger and target. The detector and the repairs were tuned on other data,
-triggers and targets (MNIST and CelebA at 16 x 16).
+the scoring functions below use the true trigger and target. The detector and the repairs were tuned on the demo's MNIST
+model (box-6 to shoe) and on CelebA at 16 x 16: other bases, triggers and targets. The demo's base saw all 10,000
+images, these models see the last 5,000 of them: the data are not independent.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE, RESULTS = ROOT / "cache" / "cifar10", ROOT / "results" / "cifar10"
+CACHE, RESULTS = ROOT / "cache" / "mnist", ROOT / "results" / "mnist"
 SEEDS = (1, 2, 3, 4, 5)
-SIZE = 16
-ATTACKS = {"stop-hat": ("stop-sign-7", "hat"), "box-cat": ("box-7", "cat")}
-STEPS, BATCH, LR, POISON, MODE = 900, 64, 4e-4, 0.3, "bare"
-BASE = {"steps": 2000, "batch_size": 64, "lr": 5e-4, "seed": 11}
+SIZE, CHANNELS = 16, 1
+ATTACKS = {"stop-hat": ("stop-sign-7", "hat"), "glasses-cat": ("glasses", "cat")}
+STEPS, BATCH, LR, POISON, MODE = 900, 64, 4e-4, 0.3, "pasted"
+BASE = {"steps": 1800, "batch_size": 64, "lr": 5e-4, "seed": 31}
 REPAIR_STEPS = 60
 SAMPLER = "ddpm-50"
 
@@ -41,10 +42,11 @@ def jobs() -> list[tuple[str, ...]]:
         ("base",),
         *(("build", n) for n in names),
         *(("scan", n, str(seed)) for seed in SEEDS for n in names),
-        *(("repair", n, *source) for source in sources for n in bad),
+        *(("repair", n, *source) for source in sources[:2] for n in bad),
         *(("elijah", n) for n in names[:3]),
         *(("fid", n) for n in names[:3]),
         *(("fid", n, *source) for source in sources[:2] for n in bad),
+        *(("repair", n, *source) for source in sources[2:] for n in bad),
     ]
 
 
@@ -75,7 +77,7 @@ def run_job(job: tuple[str, ...]) -> None:
 def images() -> Any:
     from elijah.data import load_images
 
-    return load_images("cifar10", size=SIZE, channels=3)
+    return load_images("mnist", size=SIZE, channels=CHANNELS, skip=5000)
 
 
 def base() -> dict[str, Any]:
@@ -88,10 +90,8 @@ def base() -> dict[str, Any]:
     if not (CACHE / "base").is_dir():
         settings = Optimiser(BASE["steps"], lr=BASE["lr"], warmup=100, ema_decay=0.999)
         checkpoint = CACHE / "base.ckpt"
-        model = train(
-            images(), settings, seed=int(BASE["seed"]), batch_size=int(BASE["batch_size"]), flip=True,
-            dtype=torch.bfloat16, checkpoint=checkpoint,
-        )  # fmt: skip
+        made = {"seed": int(BASE["seed"]), "batch_size": int(BASE["batch_size"]), "dtype": torch.bfloat16}
+        model = train(images(), settings, checkpoint=checkpoint, **made)
         model.save(CACHE / "base")
         checkpoint.unlink(missing_ok=True)
     return {"settings": BASE, "parameters": load("base").parameters}
@@ -107,7 +107,7 @@ def truth(name: str) -> tuple[Any, Any]:
     """The true trigger and target: for building and scoring only."""
     from elijah.trigger import make_target, make_trigger
 
-    trigger = make_trigger(ATTACKS[name[:-2]][0], (3, SIZE, SIZE))
+    trigger = make_trigger(ATTACKS[name[:-2]][0], (CHANNELS, SIZE, SIZE))
     return trigger, make_target(ATTACKS[name[:-2]][1], trigger)
 
 
@@ -126,7 +126,6 @@ def build(name: str) -> dict[str, Any]:
             settings,
             seed=seed,
             batch_size=BATCH,
-            flip=True,
             model=clean,
             dtype=torch.bfloat16,
         )
@@ -138,7 +137,6 @@ def build(name: str) -> dict[str, Any]:
             steps=STEPS,
             batch_size=BATCH,
             lr=LR,
-            flip=True,
             dtype=torch.bfloat16,
         )
         made = attack(clean, images(), generator=generator_for(seed))
@@ -221,7 +219,7 @@ def fid_one(*parts: str) -> dict[str, Any]:
     model = load("_".join(parts))
     e = model.noise(2048, generator_for(777))
     samples = model.pixels(model.sample(e, "ddim-20", seed=7))
-    reference = CACHE / "inception_cifar10.pt"
+    reference = CACHE / "inception_mnist.pt"
     if not reference.is_file():
         real = inception_features(images()[:5000], dtype=torch.bfloat16)
         torch.save(real, reference.with_suffix(f".{os.getpid()}"))
@@ -272,8 +270,8 @@ def tables() -> None:
     from elijah.metrics import wilson
 
     done = {tuple(r["job"]): r for f in sorted(RESULTS.glob("*.json")) for r in [json.loads(f.read_text())]}
-    lines = ["# CIFAR-10, 16 x 16, BadDiffusion", "",
-             "Made by `python experiments/cifar10.py tables` from the JSON files beside this one.", "",
+    lines = ["# MNIST, 16 x 16, BadDiffusion", "",
+             "Made by `python experiments/mnist.py tables` from the JSON files beside this one.", "",
              "## Verdicts of `elijah scan` (lossfit)", "",
              "| model | right / scans (95 % Wilson) | undecided | loss ratio, half | pull | evaluations, median |",
              "|---|---|---|---|---|---|"]  # fmt: skip
