@@ -129,3 +129,12 @@ def test_new_models() -> None:
     large = new_model((3, 16, 16), seed=0)
     assert torch.equal(torch.get_rng_state(), state)  # no global seed is touched
     assert 0.8e6 < large.parameters < 1.4e6 and large.T == 1000 and large.sample_shape == (3, 16, 16)
+
+
+def test_a_broken_checkpoint_is_one_line(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run.ckpt"
+    checkpoint.write_bytes(b"not a checkpoint")
+    images = load_images("digits", size=8, channels=1, limit=16)
+    with pytest.raises(ElijahError, match="delete it") as caught:
+        train(images, Optimiser(2), seed=0, model=new_model((1, 8, 8), seed=0, channels=(8, 8)), checkpoint=checkpoint)
+    assert "\n" not in str(caught.value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -91,13 +92,17 @@ def _write_checkpoint(path: Path, parts: dict[str, Any], done: int, settings: Op
 def _resume(path: Path, parts: dict[str, Any], settings: Optimiser) -> int:
     if not path.is_file():
         return 0
-    saved = torch.load(path, weights_only=True)
+    try:
+        saved = torch.load(path, weights_only=True)
+        if saved["steps"] == settings.steps:
+            for name, state in saved["states"].items():
+                parts[name].load_state_dict(state)
+    except (RuntimeError, ValueError, LookupError, TypeError, OSError, EOFError, UnpicklingError) as error:
+        raise ElijahError(f"{path}: not a checkpoint of this training ({type(error).__name__}); delete it") from error
     if saved["steps"] != settings.steps:
         raise ElijahError(
             f"{path}: made for {saved['steps']} steps, not {settings.steps}; delete it or use that number"
         )
-    for name, state in saved["states"].items():
-        parts[name].load_state_dict(state)
     return int(saved["done"])
 
 
