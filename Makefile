@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/elijah demo --out out
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests examples experiments
