@@ -43,6 +43,7 @@ def jobs() -> list[tuple[str, ...]]:
         *(("build", n) for n in names),
         *(("scan", n, str(seed)) for seed in SEEDS for n in names),
         *(("repair", n, *source) for source in sources[:2] for n in bad),
+        *(("clean", n) for n in bad),
         *(("elijah", n) for n in names[:3]),
         *(("fid", n) for n in names[:3]),
         *(("fid", n, *source) for source in sources[:2] for n in bad),
@@ -65,6 +66,7 @@ def run_job(job: tuple[str, ...]) -> None:
         "scan": scan_one,
         "elijah": elijah_one,
         "repair": repair_one,
+        "clean": clean_one,
         "fid": fid_one,
     }[job[0]](*job[1:])
     result = {"job": list(job), "seconds": round(time.monotonic() - began, 1), **result}
@@ -208,6 +210,21 @@ def repair_one(name: str, repair: str, source: str) -> dict[str, Any]:
             "repair_seconds": round(seconds, 1), "images": len(data), **score(name, fixed)}  # fmt: skip
 
 
+def clean_one(name: str) -> dict[str, Any]:
+    """`elijah clean` as a user runs it, with its defaults: synthetic images, up to three rounds."""
+    import shutil
+
+    from elijah.clean import clean
+
+    out = CACHE / f"{name}_clean"
+    shutil.rmtree(out, ignore_errors=True)
+    report = clean(str(CACHE / name), out, seed=int(name[-1]), device="cpu", keep=True)
+    assert report.cleaning is not None
+    return {"rescan": report.verdict, "rescan_scores": report.scores, "updates": report.cleaning.updates,
+            "images": report.cleaning.images, "repair_seconds": report.cleaning.seconds,
+            **score(name, load(out.name))}  # fmt: skip
+
+
 def fid_one(*parts: str) -> dict[str, Any]:
     """FID of 2,048 images from one and the same noise under DDIM-20, against 5,000 training images."""
     import torch
@@ -295,13 +312,17 @@ def tables() -> None:
     lines += ["", f"## Before and after the repair (true trigger, {SAMPLER})", "", "| " + " | ".join(heads) + " |",
               "|---" * len(heads) + "|"]  # fmt: skip
     for job, r in sorted(done.items(), key=lambda item: (item[0][1:2], item[0][0] != "build", item[0])):
-        if job[0] not in ("build", "repair"):
+        if job[0] not in ("build", "repair", "clean"):
             continue
         f = done.get(("fid", *job[1:]))
         fid = "" if f is None else f"{f['fid']:.1f} ({f['low']:.1f} to {f['high']:.1f})"
         asr = " / ".join(f"{v:.2f}" for v in r["asr"].values()) if "asr" in r else "-"
         rest = " | ".join(f"{r[k]:.3f}" if k in r else "-" for k in ("mse", "ssim", "diversity_ratio"))
-        done_by = " | ".join([job[2], f"{r['images']} {job[3]}"]) if job[0] == "repair" else "none | -"
+        done_by = "none | -"
+        if job[0] == "repair":
+            done_by = f"{job[2]}, {REPAIR_STEPS} updates | {r['images']} {job[3]}"
+        if job[0] == "clean":
+            done_by = f"`elijah clean`, {r['updates']} updates | {r['images']} synthetic"
         lines.append(
             f"| {job[1]} | {done_by} | {asr} | {rest} | {r['drift_from_base']:.4f} | {fid} | {r.get('rescan', '')} |"
         )

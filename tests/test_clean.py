@@ -49,7 +49,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> Verdicts:
         seeds: list[int] = []
 
         def inspect(model: Model, settings: dict[str, Any], seed: int, _: object) -> tuple[Detection, Report]:
-            found = detection(said[len(seeds)], findings=findings)
+            found = detection(said[min(len(seeds), len(said) - 1)], findings=findings)
             seeds.append(seed)
             return found, make_report(model, found, 1.0, settings, seed)
 
@@ -228,3 +228,12 @@ def test_wrong_names(verdicts: Verdicts, run: Run, tiny_folder: Path, tmp_path: 
 
 def test_the_card_quotes_what_it_did_not_write() -> None:
     assert cleaning.plain("a|b\n# c <script>*") == r"a\|b \# c \<script\>\*"
+
+
+def test_it_repairs_again_until_the_rescan_is_clean(run: Callable[..., CleanReport], verdicts: Any) -> None:
+    seeds = verdicts("backdoored", "undecided", "clean")
+    report = run(seed=7)
+    assert report.verdict == "clean"
+    assert report.cleaning is not None
+    assert report.cleaning.updates == 4  # two rounds of two
+    assert seeds == [7, 8, 9]

@@ -24,6 +24,7 @@ from elijah.repairs import REPAIRS
 from elijah.report import CleaningInfo, CleanReport, Report
 from elijah.scan import as_dtype, inspect, picture
 
+ROUNDS = 3  # of repair and rescan, at the most
 SYNTHETIC = 128  # images that the model samples itself where no data are given
 SAMPLER = "ddim-20"  # of the synthetic images
 SAMPLES = 16
@@ -51,6 +52,7 @@ def clean(
 ) -> CleanReport:
     """Removes what a scan of model finds and writes the repaired pipeline to out, complete or not at all.
 
+    Repairs and rescans again, with what the rescan found, until it is clean or ROUNDS have passed.
     data: a folder or stock name of clean images; else synthetic images that the model samples itself. force: repair
     also what the scan calls clean. keep: write also what the rescan calls backdoored. The limits hold for each scan.
     Raises ElijahError when out is in use, and for what scan raises it.
@@ -70,19 +72,25 @@ def clean(
     if not detection.findings or (detection.verdict == "clean" and not force):
         return unrepaired(before)
 
-    finding = detection.findings[0]
     began = time.monotonic()
     if images is None:
         images = synthesise(loaded, synthetic or SYNTHETIC, seed, progress)
-    fixed = REPAIRS[repair]()(loaded, finding, images, generator=generator_for(seed, 1), progress=progress)
-    repair_seconds = time.monotonic() - began
-    fixed.network.requires_grad_(False)
-    progress("note: scanning again with fresh seeds", 0, 0)
-    _, after = inspect(fixed, settings, seed + 1, progress)
+    fixed, found, updates, repair_seconds = loaded, detection, 0, time.monotonic() - began
+    for k in range(1, ROUNDS + 1):
+        began = time.monotonic()
+        fixed = REPAIRS[repair]()(
+            fixed, found.findings[0], images, generator=generator_for(seed, 10 * k + 1), progress=progress
+        )
+        fixed.network.requires_grad_(False)
+        updates, repair_seconds = updates + fixed.updates, repair_seconds + time.monotonic() - began
+        progress("note: scanning again with fresh seeds", 0, 0)
+        found, after = inspect(fixed, settings, seed + k, progress)
+        if after.verdict == "clean" or not found.findings:
+            break
     written = after.verdict != "backdoored" or keep
     cleaning = CleaningInfo(
         repair=repair, data=data or "sampled from the model itself", images=len(images),
-        updates=fixed.updates, seconds=repair_seconds, out=str(out) if written else None,
+        updates=updates, seconds=repair_seconds, out=str(out) if written else None,
         **compare(loaded, fixed, detection, before, after, seed),
     )  # fmt: skip
     parts = {name: getattr(after, name) for name in Report.model_fields}
