@@ -81,12 +81,14 @@ class Hypothesis:
 class LossFit:
     """The default detector. Costs are in network evaluations; the rule is judge below.
 
-    starts: random starts a family; start_* and fit_*: iterations, batch (antithetic pairs) and Adam's rate of the two
-    stages. A fit stops when its running loss ratio is above hopeless after half of its iterations, and the search
-    when one is below found times its threshold. samples: how many the output test draws a sampler.
+    starts: random starts a family at the most, ended by one with a loss ratio below good_start; start_* and fit_*:
+    iterations, batch (antithetic pairs) and Adam's rate of the two stages. A fit stops when its running loss ratio is
+    above hopeless after half of its iterations, and the search when one is below found times its threshold. samples:
+    how many the output test draws a sampler; careful_samplers: tried when a loss fits but the cheap ones do not fire.
     """
 
-    starts: int = 2
+    starts: int = 5
+    good_start: float = 0.25
     start_iterations: int = 25
     start_batch: int = 8
     start_lr: float = 0.25
@@ -138,7 +140,10 @@ class LossFit:
         return next(f for f in FAMILIES if f.name == name)
 
     def best_start(self, model: Model, family: Family, generator: torch.Generator) -> Hypothesis:
-        """The best of several random triggers, each improved at t >= 0.8 T, where y is hidden by the noise."""
+        """The best of several random triggers, each improved at t >= 0.8 T, where y is hidden by the noise.
+
+        Several, because a start can end in the wrong basin.
+        """
         found = []
         for _ in range(self.starts):
             u = (torch.randn(model.sample_shape, generator=generator) * 0.5).to(model.device)
@@ -147,6 +152,8 @@ class LossFit:
             self._minimise(model, h, objective, generator, self.start_iterations, self.start_batch, self.start_lr)
             h.loss_ratio = self._evaluate(model, h, (0.8, 1.0), self.start_batch * 4, generator)
             found.append(h)
+            if h.loss_ratio < self.good_start:
+                break
         return min(found, key=lambda h: h.loss_ratio)
 
     def first_target(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Tensor:
