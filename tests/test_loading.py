@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from elijah import loading
+from elijah.allowed import HUB_FILES
 from elijah.diffusion import Model
 from elijah.errors import ElijahError, Unsupported
 from elijah.loading import load_model
@@ -264,7 +265,7 @@ def fake_download(monkeypatch: pytest.MonkeyPatch, result: Path | Exception) -> 
             raise result
         return str(result)
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr("elijah.folder.snapshot_download", download)
     return calls
 
 
@@ -286,7 +287,7 @@ def test_the_hub_patterns_fetch_what_is_read_and_no_more() -> None:
 
     wanted = [*sound_files(), "config.json", f"unet/{STEM}-00001-of-00002.safetensors", f"{STEM}.fp16.safetensors"]
     others = [f"unet/{STEM}.bin", "pytorch_model.bin", "vae/config.json", "README.md", "a.py", "big.safetensors"]
-    assert list(filter_repo_objects(wanted + others, allow_patterns=loading.HUB_FILES)) == wanted
+    assert list(filter_repo_objects(wanted + others, allow_patterns=HUB_FILES)) == wanted
 
 
 def test_links_of_a_snapshot_are_followed_only_into_its_own_blobs(

@@ -11,7 +11,7 @@ Notation, used in the whole package:
     r, y       a trigger and its target, in the range of x0
     evaluation one forward of the network on one sample; its backward counts two more
 
-Only this file, training.py, loading.py and its allowed.py know diffusers.
+Only this file, training.py, loading.py and its allowed.py and folder.py know diffusers or the hub.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""From a folder or a hub id to a checked Model. The only file that opens untrusted bytes.
+"""From a folder or a hub id to a checked Model. With folder.py, the only file that opens untrusted bytes.
 
 What is read: JSON and safetensors, nothing else. What is believed: nothing. The order is
 
-    1. find the folder, or download its JSON and safetensors files      _find
-    2. no link leaves the folder; note what is left unopened            _survey
+    1. find the folder, or download its JSON and safetensors files      find_folder
+    2. no link leaves the folder; note what is left unopened            Folder.survey
     3. model_index.json names allowed classes only                      _read_index
     4. the noise schedule: every field typed and bounded                _read_scheduler
     5. the network: built without memory, then run on shapes alone      _read_network
@@ -18,31 +18,17 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
-import reprlib
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import diffusers
-import huggingface_hub.errors as hub
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elijah.allowed import (
     BUILD_ERRORS,
     DTYPES,
-    HUB_FILES,
-    HUB_ID,
     LIBRARIES,
-    MAX_FILES,
-    MAX_JSON_BYTES,
-    MAX_NOTES,
     MAX_PARAMETERS,
     NETWORKS,
     NEW_ATTENTION,
@@ -50,7 +36,6 @@ from elijah.allowed import (
     PICKLES,
     PIPELINES,
     REASONS,
-    REMOTE_CODE,
     SAMPLER,
     SCHEDULE,
     SCHEDULERS,
@@ -62,6 +47,7 @@ from elijah.allowed import (
 )
 from elijah.diffusion import Model, Provenance
 from elijah.errors import ElijahError, Unsupported
+from elijah.folder import Folder, find_folder, refusal, show
 
 
 def load_model(
@@ -81,7 +67,7 @@ def load_model(
     """
     place = find_device(device)
     try:
-        folder = _find(source, revision, offline)
+        folder = find_folder(source, revision, offline)
         folder.survey()
         classes = _read_index(folder)
         scheduler = _read_scheduler(folder, classes.get("scheduler"))
@@ -91,106 +77,7 @@ def load_model(
         shape = _sample_shape(network.config)
         return Model(network.eval().requires_grad_(False).to(place), scheduler, shape, "ddpm", provenance, dtype)
     except OSError as error:
-        raise _refusal(str(error.filename or source), f"cannot be read: {error.strerror or error}") from error
-
-
-@dataclass
-class Folder:
-    """A model folder, and what was read of it so far."""
-
-    root: Path
-    source: str
-    revision: str | None = None
-    blobs: Path | None = None  # where links may lead, in a snapshot that we took from the hub ourselves
-    files: list[tuple[str, str]] = field(default_factory=list)  # (relative name, SHA-256)
-    notes: list[str] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)  # of all that is in the folder
-
-    def has(self, name: str) -> bool:
-        return (self.root / name).is_file()
-
-    def part(self, name: str) -> str:
-        """The prefix of a component's files: its folder, or "" in the flat layout."""
-        return f"{name}/" if (self.root / name).is_dir() else ""
-
-    def survey(self) -> None:
-        """Refuses links that leave the folder and notes pickles and Python files, which stay unopened."""
-        self.names = sorted(self._walk())
-        self.note("is a pickle: not opened", PICKLES)
-        self.note("is Python code: not opened", (".py",))
-
-    def _walk(self) -> Iterator[str]:
-        count = 0
-        for directory, folders, files in os.walk(self.root):
-            for path in (Path(directory) / name for name in folders + files):
-                name = path.relative_to(self.root).as_posix()
-                count += 1
-                if count > MAX_FILES:
-                    raise _refusal(self.source, f"more than {MAX_FILES} files: give the model's own folder")
-                if path.is_symlink() and not self._keeps(path):
-                    hint = "to scan a snapshot in the hub cache, give its hub id and --offline"
-                    raise _refusal(name, f"a link that leaves the folder; {hint}")
-                yield name
-
-    def _keeps(self, link: Path) -> bool:
-        target = Path(os.path.realpath(link))
-        return target.is_relative_to(self.root) or (self.blobs is not None and target.is_relative_to(self.blobs))
-
-    def note(self, what: str, endings: tuple[str, ...]) -> None:
-        """Notes the files with these endings that were not read."""
-        read = dict(self.files)
-        names = [n for n in self.names if n.lower().endswith(endings) and n not in read]
-        self.notes += [_printable(f"{name} {what}") for name in names[:MAX_NOTES]]
-        if len(names) > MAX_NOTES:
-            self.notes.append(f"and {len(names) - MAX_NOTES} more, of which each {what}")
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The object in a JSON file, of bounded size and naming no code of its own."""
-        if not self.has(name):
-            raise _refusal(name, f"is missing in {self.source}, or no regular file")
-        with (self.root / name).open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            raise _refusal(name, f"larger than {MAX_JSON_BYTES} bytes")
-        try:
-            value = json.loads(data.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise _refusal(name, f"not JSON: {_show(error)}") from error
-        if not isinstance(value, dict):
-            raise _refusal(name, "not a JSON object")
-        if code := [key for key in REMOTE_CODE if value.get(key)]:
-            raise _refusal(name, f"{code[0]} asks for code from elsewhere, which is never run")
-        self.files.append((name, hashlib.sha256(data).hexdigest()))
-        return value
-
-    @contextmanager
-    def tensors(self, name: str) -> Iterator[Any]:
-        """An open safetensors file; its header has been parsed and its offsets checked by the library."""
-        if not self.has(name):
-            raise _refusal(name, "is missing, or no regular file")
-        try:
-            with safe_open(self.root / name, framework="pt", device="cpu") as file:
-                yield file
-        except SafetensorError as error:
-            with (self.root / name).open("rb") as file:
-                pointer = file.read(23) == b"version https://git-lfs"
-            why = "a Git LFS pointer: run git lfs pull" if pointer else f"not a sound safetensors file: {_show(error)}"
-            raise _refusal(name, why) from error
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _show(value: object) -> str:
-    """An untrusted value, short, however long or deep it is."""
-    text = _printable(str(value) if isinstance(value, str | Exception) else reprlib.repr(value))
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def _refusal(where: str, why: str, kind: type[ElijahError] = ElijahError) -> ElijahError:
-    """The error to raise: one printable line, whatever the file put into it."""
-    return kind(_printable(f"{where}: {why}"))
+        raise refusal(str(error.filename or source), f"cannot be read: {error.strerror or error}") from error
 
 
 def find_device(name: str) -> torch.device:
@@ -201,61 +88,25 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).fill_(0)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise _refusal(f"--device {name}", "no such device here; use --device auto or cpu") from error
+        raise refusal(f"--device {name}", "no such device here; use --device auto or cpu") from error
     if device.type == "meta":
-        raise _refusal(f"--device {name}", "holds no values; use --device auto or cpu")
+        raise refusal(f"--device {name}", "holds no values; use --device auto or cpu")
     return device
-
-
-def _find(source: str, revision: str | None, offline: bool) -> Folder:
-    path = Path(source).expanduser() if source.startswith("~/") else Path(source)
-    if HUB_ID.fullmatch(source) and not source.startswith((".", "~")) and not path.exists():
-        root = _download(source, revision, offline).resolve()
-        cached = root.parent.name == "snapshots"
-        commit = root.name if cached else revision
-        return Folder(root, source, commit, root.parent.parent / "blobs" if cached else None)
-    if not source or not path.is_dir():
-        raise _refusal(source, "is a file: give the model's folder" if path.exists() else "no such folder")
-    if revision:
-        raise _refusal(source, "--revision is for models on the hub, and this is a local folder")
-    return Folder(path.resolve(), source)
-
-
-def _download(source: str, revision: str | None, offline: bool) -> Path:
-    try:
-        return Path(snapshot_download(source, revision=revision, local_files_only=offline, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub also raises classes of its HTTP library, and that has changed between versions
-        raise _refusal(source, _why_no_download(error, offline)) from error
-
-
-def _why_no_download(error: Exception, offline: bool) -> str:
-    if isinstance(error, hub.GatedRepoError):
-        return "a gated model: accept its terms on the hub, then run hf auth login"
-    if isinstance(error, hub.RepositoryNotFoundError):
-        return "no such folder, and no such model on the hub; for a private one, run hf auth login"
-    if isinstance(error, hub.RevisionNotFoundError):
-        return "the hub has no such revision of it"
-    if isinstance(error, hub.HFValidationError):
-        return "no such folder, and not a hub id"
-    if isinstance(error, hub.LocalEntryNotFoundError):
-        fix = "leave out --offline to download it" if offline else "and the hub cannot be reached; check the network"
-        return f"no such folder, not (wholly) in the local hub cache; {fix}"
-    return f"the download failed: {type(error).__name__}: {_show(error)}"
 
 
 def _allow(name: Any, allowed: tuple[str, ...], what: str, where: str) -> str:
     """name if it is an allowed class; raises Unsupported for other stock classes, ElijahError for anything else."""
     if name is None:
-        raise _refusal(where, f"names no {what} class")
+        raise refusal(where, f"names no {what} class")
     if not isinstance(name, str):
-        raise _refusal(where, f"the {what}'s class must be a name and is {_show(name)}: custom code is never run")
+        raise refusal(where, f"the {what}'s class must be a name and is {show(name)}: custom code is never run")
     if name in allowed:
         return name
     if name in REASONS:
-        raise _refusal(where, f"{name}, {REASONS[name]}, cannot be scanned", Unsupported)
+        raise refusal(where, f"{name}, {REASONS[name]}, cannot be scanned", Unsupported)
     if (name.isidentifier() and what == "scheduler" and name.endswith("Scheduler")) or _is_stock(name):
-        raise _refusal(where, f"{_show(name)} cannot be scanned; a {what} must be {' or '.join(allowed)}", Unsupported)
-    raise _refusal(where, f"{_show(name)} is no {what} class of diffusers: custom code is never run")
+        raise refusal(where, f"{show(name)} cannot be scanned; a {what} must be {' or '.join(allowed)}", Unsupported)
+    raise refusal(where, f"{show(name)} is no {what} class of diffusers: custom code is never run")
 
 
 def _is_stock(name: str) -> bool:
@@ -268,20 +119,20 @@ def _read_index(folder: Folder) -> dict[str, str]:
     if not (folder.root / where).exists():
         if folder.has("config.json") or folder.part("unet"):
             return {}
-        raise _refusal(folder.source, "not a diffusers model: no model_index.json, config.json or unet/")
+        raise refusal(folder.source, "not a diffusers model: no model_index.json, config.json or unet/")
     index = folder.read_json(where)
     entries = {k: v for k, v in index.items() if not k.startswith("_") and isinstance(v, list | dict)}
     for name, entry in entries.items():
         sound = isinstance(entry, list) and len(entry) == 2 and all(e is None or isinstance(e, str) for e in entry)
         if not sound or (entry[0] is not None and entry[0] not in LIBRARIES):
-            raise _refusal(where, f"{_show(name)} is {_show(entry)}: only stock classes are allowed, custom code never")
+            raise refusal(where, f"{show(name)} is {show(entry)}: only stock classes are allowed, custom code never")
     _allow(index.get("_class_name"), PIPELINES, "pipeline", where)
     for name, (library, class_name) in entries.items():
         if name not in ("unet", "scheduler"):
             if class_name is not None:
-                raise _refusal(where, f"a pipeline with {_show(name)} cannot be scanned", Unsupported)
+                raise refusal(where, f"a pipeline with {show(name)} cannot be scanned", Unsupported)
         elif library != "diffusers":
-            raise _refusal(where, f"{name} is {_show([library, class_name])}: its library must be diffusers")
+            raise refusal(where, f"{name} is {show([library, class_name])}: its library must be diffusers")
     return {
         "unet": _allow((entries.get("unet") or [None, None])[1], tuple(NETWORKS), "network", where),
         "scheduler": _allow((entries.get("scheduler") or [None, None])[1], tuple(SCHEDULERS), "scheduler", where),
@@ -292,7 +143,7 @@ def _class_name(config: dict[str, Any], indexed: str | None, allowed: tuple[str,
     """The class that model_index.json names, else the one in the component's own file; both must be allowed."""
     own = config.get("_class_name")
     if own is None and indexed is None:
-        raise _refusal(where, f"no _class_name, and no model_index.json says which {what} it is")
+        raise refusal(where, f"no _class_name, and no model_index.json says which {what} it is")
     if own is not None:
         own = _allow(own, allowed, what, where)
     return indexed or str(own)
@@ -304,7 +155,7 @@ def _take(config: dict[str, Any], fields: dict[str, Check], where: str) -> dict[
     taken = {k: config[k] for k in fields if k in config and not (isinstance(skipped, list) and k in skipped)}
     for key, value in taken.items():
         if not fields[key].ok(value):
-            raise _refusal(where, f"{key} must be {fields[key].wants} and is {_show(value)}")
+            raise refusal(where, f"{key} must be {fields[key].wants} and is {show(value)}")
     return taken
 
 
@@ -314,24 +165,24 @@ def _read_scheduler(folder: Folder, indexed: str | None) -> Any:
     config = folder.read_json(where)
     scheduler_class = SCHEDULERS[_class_name(config, indexed, tuple(SCHEDULERS), "scheduler", where)]
     if config.get("prediction_type") in ("sample", "flow_prediction"):
-        raise _refusal(where, f"prediction_type {config['prediction_type']} cannot be scanned", Unsupported)
+        raise refusal(where, f"prediction_type {config['prediction_type']} cannot be scanned", Unsupported)
     if config.get("variance_type") in ("learned", "learned_range"):
-        raise _refusal(where, "a learned variance cannot be scanned", Unsupported)
+        raise refusal(where, "a learned variance cannot be scanned", Unsupported)
     if config.get("use_flow_sigmas"):
-        raise _refusal(where, "use_flow_sigmas: flow matching cannot be scanned", Unsupported)
+        raise refusal(where, "use_flow_sigmas: flow matching cannot be scanned", Unsupported)
     accepted = inspect.signature(scheduler_class.__init__).parameters
     # The class's own defaults are spelled out: a sampler of another class, made from this config, would use its own.
     fields = {k: accepted[k].default for k in SCHEDULE if k in accepted} | _take(config, SCHEDULE | SAMPLER, where)
     betas = fields["trained_betas"]
     if betas is not None and len(betas) != fields["num_train_timesteps"]:
-        raise _refusal(where, f"{len(betas)} trained_betas for {fields['num_train_timesteps']} num_train_timesteps")
+        raise refusal(where, f"{len(betas)} trained_betas for {fields['num_train_timesteps']} num_train_timesteps")
     try:
         scheduler = scheduler_class(**{k: v for k, v in fields.items() if k in accepted})
     except BUILD_ERRORS as error:
-        raise _refusal(where, f"{scheduler_class.__name__} refuses these settings: {_show(error)}") from error
+        raise refusal(where, f"{scheduler_class.__name__} refuses these settings: {show(error)}") from error
     abar = scheduler.alphas_cumprod
     if not (torch.isfinite(abar).all() and (abar.diff() <= 0).all() and abar[0] < 1 and abar[-2] > 0 and abar[-1] >= 0):
-        raise _refusal(where, "not a noise schedule: alphas_cumprod must fall from below 1 and stay above 0")
+        raise refusal(where, "not a noise schedule: alphas_cumprod must fall from below 1 and stay above 0")
     return scheduler
 
 
@@ -350,25 +201,25 @@ def _read_network(folder: Folder, indexed: str | None, timesteps: int) -> Any:
     fields = _take(config, UNET, where)
     fields = {"in_channels": 3, "out_channels": 3, "sample_size": None} | fields
     if fields["sample_size"] is None:
-        raise _refusal(where, "no sample_size: the shape of an image is not known")
+        raise refusal(where, "no sample_size: the shape of an image is not known")
     channels = fields["in_channels"]
     if fields["out_channels"] != channels:
         what = "a learned variance" if fields["out_channels"] == 2 * channels else "a network conditioned on an image"
         why = f"out_channels {fields['out_channels']} for in_channels {channels}: {what} cannot be scanned"
-        raise _refusal(where, why, Unsupported)
+        raise refusal(where, why, Unsupported)
     if fields.get("time_embedding_type") == "learned" and (fields.get("num_train_timesteps") or 0) < timesteps:
-        raise _refusal(where, f"num_train_timesteps is less than the schedule's {timesteps}")
+        raise refusal(where, f"num_train_timesteps is less than the schedule's {timesteps}")
     try:
         with torch.device("meta"), torch.no_grad():
             network = network_class(**fields).eval()
             x = torch.empty(1, *_sample_shape(fields))
             out = network(x, torch.zeros(1, dtype=torch.long), return_dict=False)[0]
     except BUILD_ERRORS as error:
-        raise _refusal(where, f"these settings make no working network: {_show(error)}") from error
+        raise refusal(where, f"these settings make no working network: {show(error)}") from error
     if out.shape != x.shape:
-        raise _refusal(where, f"the network makes {list(out.shape[1:])} of {list(x.shape[1:])}")
+        raise refusal(where, f"the network makes {list(out.shape[1:])} of {list(x.shape[1:])}")
     if sum(p.numel() for p in network.parameters()) > MAX_PARAMETERS:
-        raise _refusal(where, f"more than {MAX_PARAMETERS} parameters")
+        raise refusal(where, f"more than {MAX_PARAMETERS} parameters")
     return network
 
 
@@ -383,7 +234,7 @@ def _refuse_conditional(config: dict[str, Any], where: str) -> None:
     }
     for reason, found in reasons.items():
         if found:
-            raise _refusal(where, f"{reason} cannot be scanned", Unsupported)
+            raise refusal(where, f"{reason} cannot be scanned", Unsupported)
 
 
 def _read_weights(folder: Folder, network: Any) -> dict[str, Tensor]:
@@ -394,9 +245,9 @@ def _read_weights(folder: Folder, network: Any) -> dict[str, Tensor]:
     homes = {name: _check_header(folder, name, expected) for name in names}
     found = [key for keys in homes.values() for key in keys.values()]
     if missing := sorted(expected.keys() - set(found)):
-        raise _refusal(names[0], f"{len(missing)} tensors of the network are missing: {', '.join(missing[:3])}")
+        raise refusal(names[0], f"{len(missing)} tensors of the network are missing: {', '.join(missing[:3])}")
     if len(found) != len(set(found)):
-        raise _refusal(names[0], "a tensor occurs twice")
+        raise refusal(names[0], "a tensor occurs twice")
     state = {}
     for name, keys in homes.items():
         with (folder.root / name).open("rb") as file:
@@ -405,7 +256,7 @@ def _read_weights(folder: Folder, network: Any) -> dict[str, Tensor]:
             for old, key in keys.items():
                 state[key] = tensors.get_tensor(old).to(torch.float32, copy=True)
                 if not torch.isfinite(state[key]).all():
-                    raise _refusal(name, f"tensor {key} has values that are not finite")
+                    raise refusal(name, f"tensor {key} has values that are not finite")
     folder.note("holds other weights: not scanned", (".safetensors",))
     return state
 
@@ -420,7 +271,7 @@ def _weight_files(folder: Folder, part: str) -> list[str]:
     index = folder.read_json(present[0]).get("weight_map")
     shards = list(index.values()) if isinstance(index, dict) else []
     if not shards or not all(isinstance(s, str) and SHARD.fullmatch(s) for s in shards):
-        raise _refusal(present[0], "weight_map must give plain names of safetensors files in the same folder")
+        raise refusal(present[0], "weight_map must give plain names of safetensors files in the same folder")
     return [part + shard for shard in sorted(set(shards))]
 
 
@@ -429,7 +280,7 @@ def _no_weights(folder: Folder, part: str) -> ElijahError:
         n for n in folder.names if n.lower().endswith(PICKLES) and (folder.root / n).parent == folder.root / part
     ]
     if not pickles and not folder.blobs:
-        return _refusal(f"{part}{STEM}.safetensors", f"is missing in {folder.source}: no weights")
+        return refusal(f"{part}{STEM}.safetensors", f"is missing in {folder.source}: no weights")
     if folder.blobs:
         name, where, made = "DDPMPipeline", folder.source, "DIR"
     else:
@@ -440,7 +291,7 @@ def _no_weights(folder: Folder, part: str) -> ElijahError:
     command = f"python -c {shlex.quote(f'from diffusers import {name}; {call}')}"
     what = f"{pickles[0]} is a pickle" if pickles else "no safetensors weights"
     why = f"{what}, and opening one runs its code; to convert it, only in a sandbox: {command}"
-    return _refusal(folder.source, why, Unsupported)
+    return refusal(folder.source, why, Unsupported)
 
 
 def _check_header(folder: Folder, name: str, expected: dict[str, list[int]]) -> dict[str, str]:
@@ -451,10 +302,10 @@ def _check_header(folder: Folder, name: str, expected: dict[str, list[int]]) -> 
             old = OLD_ATTENTION.fullmatch(key)
             keys[key] = new = f"{old[1]}.{NEW_ATTENTION[old[2]]}.{old[3]}" if old and key not in expected else key
             if new not in expected:
-                raise _refusal(name, f"tensor {_show(key)} is not part of the network that config.json describes")
+                raise refusal(name, f"tensor {show(key)} is not part of the network that config.json describes")
             header = tensors.get_slice(key)
             if header.get_dtype() not in DTYPES:
-                raise _refusal(name, f"tensor {key} is {header.get_dtype()} and must be one of {', '.join(DTYPES)}")
+                raise refusal(name, f"tensor {key} is {header.get_dtype()} and must be one of {', '.join(DTYPES)}")
             if header.get_shape() != expected[new]:
-                raise _refusal(name, f"tensor {key} is {_show(header.get_shape())} and must be {expected[new]}")
+                raise refusal(name, f"tensor {key} is {show(header.get_shape())} and must be {expected[new]}")
     return keys
