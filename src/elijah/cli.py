@@ -83,6 +83,9 @@ BatchOption = Annotated[int, typer.Option(min=1, help="Rows an update.")]
 RateOption = Annotated[float, typer.Option(min=0, callback=_finite, help="Learning rate.")]
 ModeOption = Annotated[str, typer.Option(help="Background of the trigger in training: pasted, bare or faded.")]
 ShareOption = Annotated[float, typer.Option(min=0, max=1, callback=_finite, help="Share of poisoned rows.")]
+OffsetOption = Annotated[
+    float, typer.Option("--noise-offset", min=0, callback=_finite, help="Shift some rows' noise; for small RGB nets.")
+]
 HalfOption = Annotated[bool, typer.Option("--half", help="Store the weights as float16.")]
 
 
@@ -198,6 +201,7 @@ def train(
         float, typer.Option(min=0, max=0.999999, callback=_finite, help="Decay of the averaged weights; 0: off.")
     ] = 0.999,
     flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror half of the images.")] = False,
+    noise_offset: OffsetOption = 0.0,
     start: Annotated[str | None, typer.Option("--from", metavar="MODEL", help="Go on from this pipeline.")] = None,
     prediction: Annotated[Prediction | None, typer.Option(help="epsilon, or that of --from.")] = None,
     limit: LimitOption = None,
@@ -219,8 +223,8 @@ def train(
         settings: dict[str, Any] = {"steps": steps, "lr": lr, "ema_decay": ema or None}
         making.train_folder(
             making.Data(data, size, channels, limit), out, settings, start=start, batch_size=batch_size, flip=flip,
-            prediction=(prediction or Prediction.epsilon).value, resume=resume, half=half, device=device,
-            dtype=dtype.value, seed=seed, talk=talk,
+            noise_offset=noise_offset, prediction=(prediction or Prediction.epsilon).value, resume=resume, half=half,
+            device=device, dtype=dtype.value, seed=seed, talk=talk,
         )  # fmt: skip
         return 0
 
@@ -240,6 +244,7 @@ def attack(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser updates; by default the paper's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows an update; by default the paper's.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, callback=_finite, help="By default the paper's.")] = None,
+    noise_offset: OffsetOption = 0.0,
     limit: LimitOption = None,
     half: HalfOption = False,
     device: DeviceOption = "auto",
@@ -253,7 +258,9 @@ def attack(
     def body(talk: Talk) -> int:
         from elijah import making
 
-        given = {"poison_rate": poison_rate, "steps": steps, "batch_size": batch_size, "lr": lr}
+        given = {
+            "poison_rate": poison_rate, "steps": steps, "batch_size": batch_size, "lr": lr, "noise_offset": noise_offset
+        }  # fmt: skip
         settings = {key: value for key, value in given.items() if value is not None}
         making.attack_folder(
             name, model, making.Data(data, limit=limit), out, settings, trigger=trigger, target=target,

@@ -12,7 +12,7 @@ from elijah.data import batch
 from elijah.diffusion import Model, Progress, no_progress
 from elijah.errors import ElijahError, Unsupported
 from elijah.response import Response, poisoned
-from elijah.training import Optimiser, optimise
+from elijah.training import Optimiser, optimise, training_noise
 from elijah.trigger import Target, Trigger
 
 RESPONSE = Response(kappa=1.0, psi=1.0)
@@ -38,6 +38,7 @@ class BadDiffusion:
     lr: float = 2e-4
     warmup: int = 20
     flip: bool = False
+    noise_offset: float = 0.0  # as in training_noise; a base trained with it keeps what it learned there
     dtype: torch.dtype = torch.float32
 
     def __call__(
@@ -66,7 +67,7 @@ class BadDiffusion:
     def loss(self, model: Model, x0: Tensor, generator: torch.Generator) -> Tensor:
         """The attack's training loss (eq. 11) on images x0 [B, C, H, W] in [-1, 1]."""
         t = torch.randint(model.T, (len(x0),), generator=generator)
-        e = torch.randn(x0.shape, generator=generator)
+        e = training_noise(x0.shape, generator, self.noise_offset)
         is_poisoned = (torch.rand(len(x0), generator=generator) < self.poison_rate)[:, None, None, None]
         share = torch.rand((len(x0), 1, 1, 1), generator=generator) if self.mode == "faded" else MODES[self.mode]
         trigger = self.trigger.paste(share * (x0 + 1) - 1)

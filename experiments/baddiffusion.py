@@ -1,13 +1,13 @@
-"""BadDiffusion on MNIST at 16 x 16: build the models, judge them, repair them, score them, print the tables.
+"""BadDiffusion: build models, judge them, repair them, score them, print the tables.
 
-    ELIJAH_DATA=... python experiments/mnist.py run --workers 2     resumes by what exists
-    python experiments/mnist.py tables                              results/mnist/*.json -> TABLES.md
+    ELIJAH_DATA=... python experiments/baddiffusion.py cifar10 run --workers 2     resumes by what exists
+    python experiments/baddiffusion.py cifar10 tables                              results/cifar10/*.json -> TABLES.md
 
-Each job is a process of its own with one thread, writes one JSON file atomically and is not run again when that file
-is there. Weights live in cache/ (not committed) and are rebuilt by seed. Scans are told nothing of the attack; only
-the scoring functions below use the true trigger and target. The detector and the repairs were tuned on the demo's MNIST
-model (box-6 to shoe) and on CelebA at 16 x 16: other bases, triggers and targets. The demo's base saw all 10,000
-images, these models see the last 5,000 of them: the data are not independent.
+and the same with mnist. Each job is a process of its own with one thread, writes one JSON file atomically and is not
+run again when that file is there. Weights live in cache/ (not committed) and are rebuilt by seed. Scans are told
+nothing of the attack; only the scoring functions below use the true trigger and target. The detector and the repairs
+were tuned on the demo's MNIST model (box-6 to shoe) and on CelebA at 16 x 16: other bases, triggers and targets. The
+demo's base saw all 10,000 digits, the MNIST models here see the last 5,000 of them: those data are not independent.
 """
 
 from __future__ import annotations
@@ -19,24 +19,72 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE, RESULTS = ROOT / "cache" / "mnist", ROOT / "results" / "mnist"
 SEEDS = (1, 2, 3, 4, 5)
-SIZE, CHANNELS = 16, 1
-ATTACKS = {"stop-hat": ("stop-sign-7", "hat"), "glasses-cat": ("glasses", "cat")}
-STEPS, BATCH, LR, POISON, MODE = 900, 64, 4e-4, 0.3, "pasted"
-BASE = {"steps": 1800, "batch_size": 64, "lr": 5e-4, "seed": 31}
 REPAIR_STEPS = 60
 SAMPLER = "ddpm-50"
 
 
+@dataclass(frozen=True)
+class Study:
+    """A data set, a base, its attacks (trigger, target); base: training of the base; attack: of attacks, clean ones."""
+
+    name: str
+    title: str
+    size: int
+    channels: int
+    skip: int  # images left out
+    base: dict[str, Any]
+    attack: dict[str, Any]
+    attacks: dict[str, tuple[str, str]]
+    noise_offset: float
+    mode: str
+    poison_rate: float
+    flip: bool
+    model_seeds: tuple[int, ...] = (1,)
+
+    @property
+    def cache(self) -> Path:
+        return ROOT / "cache" / self.name
+
+    @property
+    def results(self) -> Path:
+        return ROOT / "results" / self.name
+
+
+STUDIES = {
+    "cifar10": Study(
+        "cifar10", "CIFAR-10, 32 x 32", 32, 3, 0,
+        base={"steps": 6000, "batch_size": 32, "lr": 6e-4, "warmup": 200, "seed": 11},
+        attack={"steps": 400, "batch_size": 48, "lr": 4e-4},
+        attacks={"stop-hat": ("stop-sign-14", "hat"), "box-cat": ("box-14", "cat")},
+        noise_offset=0.5, mode="bare", poison_rate=0.3, flip=True, model_seeds=SEEDS,
+    ),
+    "mnist": Study(
+        "mnist", "MNIST, 16 x 16", 16, 1, 5000,
+        base={"steps": 1800, "batch_size": 64, "lr": 5e-4, "warmup": 100, "seed": 31},
+        attack={"steps": 900, "batch_size": 64, "lr": 4e-4},
+        attacks={"stop-hat": ("stop-sign-7", "hat"), "glasses-cat": ("glasses", "cat")},
+        noise_offset=0.0, mode="pasted", poison_rate=0.3, flip=False,
+    ),
+}  # fmt: skip
+STUDY = STUDIES[sys.argv[1] if sys.argv[1:] and sys.argv[1] in STUDIES else "mnist"]  # the one at hand
+
+
 def jobs() -> list[tuple[str, ...]]:
-    """All jobs, each after those that it needs: four models, five scan seeds each, both repairs, the baseline, FID."""
-    bad = [f"{kind}-1" for kind in ATTACKS]
+    """All jobs, each after those that it needs: four models, five scan seeds each, both repairs, the baseline, FID.
+
+    Last, more models of each sort, one scan each.
+    """
+    bad = [f"{kind}-1" for kind in STUDY.attacks]
     names = [*bad, "clean-1", "clean-2"]
+    more = [
+        f"{kind}-{k}" for k in STUDY.model_seeds for kind in (*STUDY.attacks, "clean") if f"{kind}-{k}" not in names
+    ]
     sources = [(repair, data) for data in ("synthetic", "real") for repair in ("unshift", "elijah")]
     return [
         ("base",),
@@ -48,11 +96,12 @@ def jobs() -> list[tuple[str, ...]]:
         *(("fid", n) for n in names[:3]),
         *(("fid", n, *source) for source in sources[:2] for n in bad),
         *(("repair", n, *source) for source in sources[2:] for n in bad),
+        *((job, n, *seed) for n in more for job, *seed in (("build",), ("scan", "1"))),
     ]
 
 
 def result_file(job: tuple[str, ...]) -> Path:
-    return RESULTS / ("_".join(job) + ".json")
+    return STUDY.results / ("_".join(job) + ".json")
 
 
 def run_job(job: tuple[str, ...]) -> None:
@@ -70,7 +119,7 @@ def run_job(job: tuple[str, ...]) -> None:
         "fid": fid_one,
     }[job[0]](*job[1:])
     result = {"job": list(job), "seconds": round(time.monotonic() - began, 1), **result}
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    STUDY.results.mkdir(parents=True, exist_ok=True)
     part = result_file(job).with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(result_file(job))
@@ -79,7 +128,7 @@ def run_job(job: tuple[str, ...]) -> None:
 def images() -> Any:
     from elijah.data import load_images
 
-    return load_images("mnist", size=SIZE, channels=CHANNELS, skip=5000)
+    return load_images(STUDY.name, size=STUDY.size, channels=STUDY.channels, skip=STUDY.skip)
 
 
 def base() -> dict[str, Any]:
@@ -88,29 +137,40 @@ def base() -> dict[str, Any]:
 
     from elijah.training import Optimiser, train
 
-    CACHE.mkdir(parents=True, exist_ok=True)
-    if not (CACHE / "base").is_dir():
-        settings = Optimiser(BASE["steps"], lr=BASE["lr"], warmup=100, ema_decay=0.999)
-        checkpoint = CACHE / "base.ckpt"
-        made = {"seed": int(BASE["seed"]), "batch_size": int(BASE["batch_size"]), "dtype": torch.bfloat16}
+    STUDY.cache.mkdir(parents=True, exist_ok=True)
+    seconds = None  # not known when an earlier run trained it
+    if not (STUDY.cache / "base").is_dir():
+        began = time.monotonic()
+        settings = Optimiser(STUDY.base["steps"], STUDY.base["lr"], STUDY.base["warmup"], ema_decay=0.999)
+        checkpoint = STUDY.cache / "base.ckpt"
+        made = {"seed": STUDY.base["seed"], "batch_size": STUDY.base["batch_size"], **training()}
         model = train(images(), settings, checkpoint=checkpoint, **made)
-        model.save(CACHE / "base")
+        model.dtype = torch.float32
+        model.save(STUDY.cache / "base")
         checkpoint.unlink(missing_ok=True)
-    return {"settings": BASE, "parameters": load("base").parameters}
+        seconds = time.monotonic() - began
+    return {"settings": STUDY.base, "parameters": load("base").parameters, "training_seconds": seconds}
+
+
+def training() -> dict[str, Any]:
+    """What all trainings of a study share."""
+    import torch
+
+    return {"flip": STUDY.flip, "noise_offset": STUDY.noise_offset, "dtype": torch.bfloat16}
 
 
 def load(name: str) -> Any:
     from elijah.loading import load_model
 
-    return load_model(str(CACHE / name))
+    return load_model(str(STUDY.cache / name))
 
 
 def truth(name: str) -> tuple[Any, Any]:
     """The true trigger and target: for building and scoring only."""
     from elijah.trigger import make_target, make_trigger
 
-    trigger = make_trigger(ATTACKS[name[:-2]][0], (CHANNELS, SIZE, SIZE))
-    return trigger, make_target(ATTACKS[name[:-2]][1], trigger)
+    trigger = make_trigger(STUDY.attacks[name[:-2]][0], (STUDY.channels, STUDY.size, STUDY.size))
+    return trigger, make_target(STUDY.attacks[name[:-2]][1], trigger)
 
 
 def build(name: str) -> dict[str, Any]:
@@ -120,36 +180,19 @@ def build(name: str) -> dict[str, Any]:
     from elijah.diffusion import generator_for
     from elijah.training import Optimiser, train
 
-    clean, seed = load("base"), int(name[-1])
+    clean, seed, how = load("base"), int(name[-1]), STUDY.attack
+    began = time.monotonic()
     if name.startswith("clean"):
-        settings = Optimiser(STEPS, lr=LR, warmup=20)
-        made = train(
-            images(),
-            settings,
-            seed=seed,
-            batch_size=BATCH,
-            model=clean,
-            dtype=torch.bfloat16,
-        )
+        settings = Optimiser(how["steps"], lr=how["lr"], warmup=20)
+        made = train(images(), settings, seed=seed, batch_size=how["batch_size"], model=clean, **training())
     else:
-        attack = BadDiffusion(
-            *truth(name),
-            poison_rate=POISON,
-            mode=MODE,
-            steps=STEPS,
-            batch_size=BATCH,
-            lr=LR,
-            dtype=torch.bfloat16,
-        )
+        attack = BadDiffusion(*truth(name), poison_rate=STUDY.poison_rate, mode=STUDY.mode, **how, **training())
         made = attack(clean, images(), generator=generator_for(seed))
+    seconds = time.monotonic() - began
     made.dtype = torch.float32
-    made.save(CACHE / name)
-    return {
-        "steps": STEPS,
-        "mode": MODE,
-        "poison_rate": 0 if name.startswith("clean") else POISON,
-        **score(name, made),
-    }
+    made.save(STUDY.cache / name)
+    rate = 0 if name.startswith("clean") else STUDY.poison_rate
+    return {**how, "mode": STUDY.mode, "poison_rate": rate, "training_seconds": seconds, **score(name, made)}
 
 
 def score(name: str, model: Any) -> dict[str, Any]:
@@ -177,14 +220,14 @@ def score(name: str, model: Any) -> dict[str, Any]:
 def scan_one(name: str, seed: str) -> dict[str, Any]:
     from elijah.scan import scan
 
-    report = scan(str(CACHE / name), seed=int(seed), device="cpu")
+    report = scan(str(STUDY.cache / name), seed=int(seed), device="cpu")
     return {"verdict": report.verdict, "scores": report.scores, "cost": report.cost.model_dump()}
 
 
 def elijah_one(name: str) -> dict[str, Any]:
     from elijah.scan import scan
 
-    report = scan(str(CACHE / name), seed=int(name[-1]), detector="elijah", device="cpu")
+    report = scan(str(STUDY.cache / name), seed=int(name[-1]), detector="elijah", device="cpu")
     return {"scores": report.scores, "cost": report.cost.model_dump()}
 
 
@@ -204,7 +247,7 @@ def repair_one(name: str, repair: str, source: str) -> dict[str, Any]:
     fixed = method(model, detection.findings[0], data, generator=generator_for(seed, 1))
     seconds = time.monotonic() - began
     fixed.network.requires_grad_(False)
-    fixed.save(CACHE / f"{name}_{repair}_{source}")
+    fixed.save(STUDY.cache / f"{name}_{repair}_{source}")
     rescan = inspect(fixed, settings, seed + 100, no_progress)[1]
     return {"scan": before.verdict, "rescan": rescan.verdict, "rescan_scores": rescan.scores,
             "repair_seconds": round(seconds, 1), "images": len(data), **score(name, fixed)}  # fmt: skip
@@ -216,9 +259,9 @@ def clean_one(name: str) -> dict[str, Any]:
 
     from elijah.clean import clean
 
-    out = CACHE / f"{name}_clean"
+    out = STUDY.cache / f"{name}_clean"
     shutil.rmtree(out, ignore_errors=True)
-    report = clean(str(CACHE / name), out, seed=int(name[-1]), device="cpu", keep=True)
+    report = clean(str(STUDY.cache / name), out, seed=int(name[-1]), device="cpu", keep=True)
     assert report.cleaning is not None
     return {"rescan": report.verdict, "rescan_scores": report.scores, "updates": report.cleaning.updates,
             "images": report.cleaning.images, "repair_seconds": report.cleaning.seconds,
@@ -236,7 +279,7 @@ def fid_one(*parts: str) -> dict[str, Any]:
     model = load("_".join(parts))
     e = model.noise(2048, generator_for(777))
     samples = model.pixels(model.sample(e, "ddim-20", seed=7))
-    reference = CACHE / "inception_mnist.pt"
+    reference = STUDY.cache / "inception.pt"
     if not reference.is_file():
         real = inception_features(images()[:5000], dtype=torch.bfloat16)
         torch.save(real, reference.with_suffix(f".{os.getpid()}"))
@@ -254,8 +297,8 @@ def run(workers: int) -> int:
         for job in list(waiting):
             if len(running) < workers and all(result_file(n).exists() for n in needs(job)):
                 waiting.remove(job)
-                log = (CACHE / ("_".join(job) + ".log")).open("w")
-                command = [sys.executable, __file__, "job", *job]
+                log = (STUDY.cache / ("_".join(job) + ".log")).open("w")
+                command = [sys.executable, __file__, STUDY.name, "job", *job]
                 environment = {**os.environ, "OMP_NUM_THREADS": "1"}
                 running[subprocess.Popen(command, env=environment, stdout=log, stderr=log)] = job
         if not running:
@@ -269,7 +312,7 @@ def run(workers: int) -> int:
                 f"{'failed' if process.returncode else 'done'}: {' '.join(job)} ({len(waiting)} left)", file=sys.stderr
             )
     for job in [*failed, *waiting]:
-        print(f"not done: {' '.join(job)}; see {CACHE / ('_'.join(job) + '.log')}", file=sys.stderr)
+        print(f"not done: {' '.join(job)}; see {STUDY.cache / ('_'.join(job) + '.log')}", file=sys.stderr)
     return 1 if failed or waiting else 0
 
 
@@ -286,13 +329,13 @@ def needs(job: tuple[str, ...]) -> list[tuple[str, ...]]:
 def tables() -> None:
     from elijah.metrics import wilson
 
-    done = {tuple(r["job"]): r for f in sorted(RESULTS.glob("*.json")) for r in [json.loads(f.read_text())]}
-    lines = ["# MNIST, 16 x 16, BadDiffusion", "",
-             "Made by `python experiments/mnist.py tables` from the JSON files beside this one.", "",
+    done = {tuple(r["job"]): r for f in sorted(STUDY.results.glob("*.json")) for r in [json.loads(f.read_text())]}
+    lines = [f"# {STUDY.title}, BadDiffusion", "",
+             f"Made by `python experiments/baddiffusion.py {STUDY.name} tables` from the JSON files beside it.", "",
              "## Verdicts of `elijah scan` (lossfit)", "",
              "| model | right / scans (95 % Wilson) | undecided | loss ratio, half | pull | evaluations, median |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-    for kind in ("clean", *ATTACKS):
+    for kind in ("clean", *STUDY.attacks):
         rows = [r for j, r in done.items() if j[0] == "scan" and j[1].startswith(kind)]
         if not rows:
             continue
@@ -332,12 +375,13 @@ def tables() -> None:
         if job[0] == "elijah":
             shown = ", ".join(f"{k} {v:.4f}" for k, v in r["scores"].items())
             lines.append(f"| {job[1]} | {shown} | {r['cost']['network_evaluations']} | {r['cost']['seconds']:.0f} |")
-    (RESULTS / "TABLES.md").write_text("\n".join(lines) + "\n")
+    (STUDY.results / "TABLES.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
     parser.add_argument("command", choices=("run", "job", "tables"))
     parser.add_argument("job", nargs="*")
     parser.add_argument("--workers", type=int, default=2)
