@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from elijah.bases import new_model
 from elijah.diffusion import Model
-from elijah.training import new_model
 
 torch.set_num_threads(1)  # kernels then add in one order, so equal seeds give equal bits
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from elijah.training import new_model
+from elijah.bases import new_model
 
 Builder = Callable[[Path], Path]
 HOSTILE: dict[str, tuple[Builder, int]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ from oracle import oracle
 
 from elijah.attacks import ATTACKS
 from elijah.attacks.baddiffusion import RESPONSE, BadDiffusion
+from elijah.attacks.poisoning import Tuning
+from elijah.bases import new_model
 from elijah.data import batch, load_images
 from elijah.diffusion import Model, generator_for
 from elijah.errors import Unsupported
 from elijah.loading import load_model
 from elijah.response import poisoned, trigger_coefficient
-from elijah.training import denoising_loss, new_model
+from elijah.training import denoising_loss
 from elijah.trigger import make_target, make_trigger
 
 TRIGGER = make_trigger("box-4", (1, 8, 8))
@@ -31,7 +32,8 @@ def digits() -> torch.Tensor:
 
 
 def attack(name: str, **settings: Any) -> Any:
-    return ATTACKS[name](trigger=TRIGGER, target=TARGET, **{"steps": 4, "batch_size": 8, **settings})
+    tuning = {key: settings.pop(key, value) for key, value in {"steps": 4, "batch_size": 8, "lr": 2e-4}.items()}
+    return ATTACKS[name](trigger=TRIGGER, target=TARGET, tuning=Tuning(**tuning), **settings)
 
 
 def poisoned_loss(model: Model) -> float:
@@ -117,7 +119,7 @@ def test_the_poison_rate_is_the_share_of_rows() -> None:
 
 
 def test_the_paper_s_settings() -> None:
-    defaults = {f.name: f.default for f in fields(BadDiffusion)}
-    assert (defaults["poison_rate"], defaults["lr"], defaults["batch_size"]) == (0.1, 2e-4, 128)
-    assert defaults["steps"] == 50 * 50_000 // 128 // 100 * 100  # 50 epochs of CIFAR-10, to the hundred
+    found = BadDiffusion(TRIGGER, TARGET)
+    assert (found.poison_rate, found.tuning.lr, found.tuning.batch_size) == (0.1, 2e-4, 128)
+    assert found.tuning.steps == 50 * 50_000 // 128 // 100 * 100  # 50 epochs of CIFAR-10, to the hundred
     assert (RESPONSE.kappa, RESPONSE.psi, RESPONSE.gamma) == (1.0, 1.0, 1.0)

@@ -243,10 +243,10 @@ def test_no_defence_reads_an_attack_s_truth(path: Path) -> None:
             assert not isinstance(word, str) or not any(w in word for w in ("truth", "poison_rate", "ATTACKS")), word
 
 
-def test_three_files_know_diffusers() -> None:
+def test_these_files_know_diffusers() -> None:
     users = {
         path.relative_to(SOURCE).as_posix()
         for path in SOURCE.rglob("*.py")
         if any(name.split(".")[0] == "diffusers" for name in imports(ast.parse(path.read_text())))
     }
-    assert users == {"allowed.py", "diffusion.py", "loading.py", "training.py"}
+    assert users == {"allowed.py", "bases.py", "diffusion.py", "loading.py", "samplers.py", "training.py"}

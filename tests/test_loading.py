@@ -20,10 +20,10 @@ from safetensors.torch import save
 
 from elijah import loading
 from elijah.allowed import HUB_FILES
+from elijah.bases import new_model
 from elijah.diffusion import Model
 from elijah.errors import ElijahError, Unsupported
 from elijah.loading import load_model
-from elijah.training import new_model
 
 EXACT = 2e-6  # on eps: the same weights, but kernels may differ between weights with and without gradients
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -9,10 +9,11 @@ import torch
 from conftest import equal, random_model, weights
 from oracle import oracle
 
+from elijah.bases import new_model
 from elijah.data import batch, load_images
 from elijah.diffusion import Model, generator_for
 from elijah.errors import ElijahError
-from elijah.training import Optimiser, denoising_loss, new_model, optimise, train
+from elijah.training import Optimiser, denoising_loss, optimise, train
 
 STEPS, EVERY = 12, 5
 

@@ -26,7 +26,6 @@ from elijah.scan import as_dtype, inspect, picture
 
 ROUNDS = 3  # of repair and rescan, at the most
 SYNTHETIC = 128  # images that the model samples itself where no data are given
-SAMPLER = "ddim-20"  # of the synthetic images
 SAMPLES = 16
 
 
@@ -66,7 +65,7 @@ def clean(
     settings = {"detector": detector, "device": device, "dtype": dtype, "batch_size": batch_size, "offline": offline,
                 "max_evaluations": max_evaluations, "max_minutes": max_minutes, "data": data, "synthetic": synthetic,
                 "repair": repair, "force": force, "keep": keep}  # fmt: skip
-    images = load_images(data, size=loaded.sample_shape[-1], channels=loaded.sample_shape[0]) if data else None
+    images = load_images(data, size=loaded.image_shape[-1], channels=loaded.image_shape[0]) if data else None
     progress("note: scanning before the repair", 0, 0)
     detection, before = inspect(loaded, settings, seed, progress)
     if not detection.findings or (detection.verdict == "clean" and not force):
@@ -131,7 +130,7 @@ def write(out: Path, model: Model, report: CleanReport) -> None:
 def synthesise(model: Model, n: int, seed: int, progress: Progress = no_progress) -> Tensor:
     """n images uint8 [n, C, H, W] that the model itself samples from ordinary noise."""
     e = model.noise(n, generator_for(seed, 2))
-    return to_uint8(model.sample(e, SAMPLER, seed=seed, progress=progress)).cpu()
+    return to_uint8(model.decode(model.sample(e, model.quick_sampler, seed=seed, progress=progress))).cpu()
 
 
 @torch.no_grad()
@@ -139,7 +138,10 @@ def compare(
     model: Model, fixed: Model, detection: Detection, before: Report, after: Report, seed: int
 ) -> dict[str, Any]:
     """The numbers and pictures before and after that need no truth: same noise, same found trigger, both models."""
-    finding, sampler = detection.findings[0], detection.evidence[0].sampler if detection.evidence else SAMPLER
+    finding, sampler = (
+        detection.findings[0],
+        detection.evidence[0].sampler if detection.evidence else model.quick_sampler,
+    )
     e = model.noise(SAMPLES, generator_for(seed, 3))
     starts = {"triggered": e + finding.trigger.to(e.device), "benign": e}
     drawn = {
@@ -158,10 +160,10 @@ def compare(
         }
     return {
         **numbers,
-        "samples_before_png": picture(drawn["before", "triggered"]),
-        "samples_after_png": picture(drawn["after", "triggered"]),
-        "benign_before_png": picture(drawn["before", "benign"]),
-        "benign_after_png": picture(drawn["after", "benign"]),
+        "samples_before_png": picture(model, drawn["before", "triggered"]),
+        "samples_after_png": picture(model, drawn["after", "triggered"]),
+        "benign_before_png": picture(model, drawn["before", "benign"]),
+        "benign_after_png": picture(model, drawn["after", "benign"]),
     }
 
 

@@ -258,12 +258,11 @@ def attack(
     def body(talk: Talk) -> int:
         from elijah import making
 
-        given = {
-            "poison_rate": poison_rate, "steps": steps, "batch_size": batch_size, "lr": lr, "noise_offset": noise_offset
-        }  # fmt: skip
-        settings = {key: value for key, value in given.items() if value is not None}
+        given = {"steps": steps, "batch_size": batch_size, "lr": lr, "noise_offset": noise_offset}
+        tuning = {key: value for key, value in given.items() if value is not None}
+        settings = {"poison_rate": poison_rate}
         making.attack_folder(
-            name, model, making.Data(data, limit=limit), out, settings, trigger=trigger, target=target,
+            name, model, making.Data(data, limit=limit), out, settings, tuning, trigger=trigger, target=target,
             mode=mode, half=half, device=device, dtype=dtype.value, seed=seed, talk=talk,
         )  # fmt: skip
         return 0

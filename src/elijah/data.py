@@ -34,8 +34,12 @@ def load_images(source: str, *, size: int, channels: int, limit: int | None = No
 
 
 def batch(images: Tensor, n: int, generator: torch.Generator, *, flip: bool = False) -> Tensor:
-    """n random images as float32 [n, C, H, W] in [-1, 1], drawn with replacement; flip mirrors half of them."""
-    x = images[torch.randint(len(images), (n,), generator=generator)].float() / 127.5 - 1
+    """n random rows of images [N, C, H, W] as float32, drawn with replacement; flip mirrors half of them.
+
+    uint8 images come out in [-1, 1]; float ones (as Model.prepare makes them) as they are.
+    """
+    x = images[torch.randint(len(images), (n,), generator=generator)]
+    x = x.float() / 127.5 - 1 if images.dtype == torch.uint8 else x.float()
     if flip:
         mirrored = torch.rand(n, generator=generator) < 0.5
         x[mirrored] = x[mirrored].flip(-1)

@@ -4,14 +4,15 @@ Notation, used in the whole package:
 
     B C H W    batch, channels, height, width; images are float32, NCHW
     T          number of training timesteps; t is an integer, 0 ... T-1
-    x0         a clean image in the model's own range, [-1, 1] for DDPM
+    x0         a clean image in the model's own range: [-1, 1] for DDPM, [0, 1] for NCSN, latents for LDM
     e          standard normal noise
-    a, s       signal and noise scale, [T]; a^2 + s^2 = 1 for variance-preserving models
+    a, s       signal and noise scale, [T]; a^2 + s^2 = 1 for variance-preserving models (DDPM, LDM); a = 1 and s the
+               sigmas, rising, for variance-exploding ones (NCSN)
     eps(x, t)  the network's estimate of e, whatever it was trained to predict
     r, y       a trigger and its target, in the range of x0
     evaluation one forward of the network on one sample; its backward counts two more
 
-Only this file, training.py, loading.py and its allowed.py and folder.py know diffusers or the hub.
+Only this file, samplers.py, training.py, loading.py and its allowed.py and folder.py know diffusers or the hub.
 """
 
 from __future__ import annotations
@@ -25,17 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, ScoreSdeVePipeline
 from torch import Tensor
 
-from elijah.errors import ElijahError, OutOfBudget
+from elijah.errors import OutOfBudget
+from elijah.samplers import correct, make_scheduler
+
+LATENT_BOUND = 4.0  # in a latent's own standard deviations, about
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
-
-SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ddpm": (DDPMScheduler, {"variance_type": "fixed_small"}),
-    "ddim": (DDIMScheduler, {}),
-}
 
 
 def no_progress(what: str, done: int, of: int) -> None:
@@ -78,26 +77,57 @@ class Model:
     """An unconditional pipeline behind one interface.
 
     network maps (x [B, C, H, W], t [B]) to a tensor like x. scheduler is the folder's own diffusers scheduler.
-    All randomness comes from generators that the caller passes in; results do not depend on the batch size.
+    kind: ddpm, ncsn or ldm; for ldm, autoencoder is the VQModel between pixels and x. All randomness comes from
+    generators that the caller passes in; results do not depend on the batch size.
     """
 
     network: torch.nn.Module
     scheduler: Any
-    sample_shape: tuple[int, int, int]  # C, H, W
+    sample_shape: tuple[int, int, int]  # C, H, W of x
     kind: str = "ddpm"
     provenance: Provenance = field(default_factory=lambda: Provenance("memory"))
     dtype: torch.dtype = torch.float32
+    autoencoder: Any = None
     meter: Meter = field(default_factory=Meter)
     max_batch: int | None = None  # samples a network call, to bound memory
     updates: int = 0  # optimiser updates that made this model from its clone()'s original
 
     def __post_init__(self) -> None:
+        if self.exploding:
+            self.s = self.scheduler.discrete_sigmas.to(self.device, torch.float32)  # [T]
+            self.a = torch.ones_like(self.s)  # [T]
+            self.prediction = "epsilon"
+            return
         abar = self.scheduler.alphas_cumprod.to(self.device, torch.float64)
-        self.a = abar.sqrt().float()  # [T]
-        self.s = (1 - abar).sqrt().float()  # [T]
+        self.a = abar.sqrt().float()
+        self.s = (1 - abar).sqrt().float()
         previous = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
-        self.alpha = (abar / previous).float()  # [T], one step's alpha_t = 1 - beta_t
+        self.alpha = (abar / previous).float()  # [T], one step's alpha_t = 1 - beta_t; of preserving models alone
         self.prediction = str(self.scheduler.config.get("prediction_type", "epsilon"))
+
+    @property
+    def exploding(self) -> bool:
+        """Whether the process is variance-exploding: a = 1, s without bound."""
+        return self.kind == "ncsn"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, which for latent models is not the sample_shape."""
+        if self.autoencoder is None:
+            return self.sample_shape
+        _, h, w = self.sample_shape
+        factor = 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+        return self.autoencoder.config.out_channels, h * factor, w * factor
+
+    @property
+    def quick_sampler(self) -> str:
+        """A sampler that is good enough to look at images with."""
+        return "pc-100" if self.exploding else "ddim-20"
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Between which values an image or a target may lie, in x's own range."""
+        return {"ddpm": (-1.0, 1.0), "ncsn": (0.0, 1.0), "ldm": (-LATENT_BOUND, LATENT_BOUND)}[self.kind]
 
     @property
     def T(self) -> int:
@@ -112,7 +142,15 @@ class Model:
         return sum(p.numel() for p in self.network.parameters())
 
     def output(self, x: Tensor, t: Tensor) -> Tensor:
-        """The network's raw output for x [B, C, H, W] at timesteps t [B]; counted, timed, in self.dtype."""
+        """What the network answers to x [B, C, H, W] at timesteps t [B]; counted, timed, in self.dtype.
+
+        Its raw output, eps or v; for NCSN, whose network takes sigma for t and gives the score, eps = -sigma score.
+        """
+        if self.exploding:
+            return -column(self.s, t) * self._forward(x, self.s[t])
+        return self._forward(x, t)
+
+    def _forward(self, x: Tensor, t: Tensor) -> Tensor:
         with_backward = torch.is_grad_enabled() and (x.requires_grad or _trains(self.network))
         self.meter.charge(len(x) * (3 if with_backward else 1))
         start = time.perf_counter()
@@ -170,8 +208,8 @@ class Model:
     ) -> Tensor:
         """Runs a stock sampler from start [B, C, H, W] and returns x0 [B, C, H, W], not clipped.
 
-        sampler: NAME-STEPS with a name from SAMPLERS; spacing "trailing", so that the first step is at T-1;
-        clip_sample off. seed: noise of sample i comes from (seed, i) alone, whatever the batch size.
+        start: noise of variance 1, with or without a trigger; the sampler scales it. sampler: NAME-STEPS as in
+        samplers.py. seed: noise of sample i comes from (seed, i) alone, whatever the batch size.
         """
         done = [
             self._sample(chunk, sampler, [_seeded(hash_seed(seed, k + i)) for i in range(len(chunk))], progress)
@@ -180,34 +218,63 @@ class Model:
         return torch.cat(done)
 
     def _sample(self, x: Tensor, sampler: str, generators: list[torch.Generator], progress: Progress) -> Tensor:
-        scheduler = self.make_scheduler(sampler)
+        scheduler = make_scheduler(self.scheduler, sampler)
         x = x * scheduler.init_noise_sigma
+        if self.exploding:
+            return self._predict_and_correct(x, scheduler, generators, progress)
         extra = {"generator": generators} if isinstance(scheduler, DDPMScheduler) else {}
         for i, t in enumerate(scheduler.timesteps):
-            out = self.output(scheduler.scale_model_input(x, t), t.expand(len(x)).to(x.device))
+            out = self._forward(scheduler.scale_model_input(x, t), t.expand(len(x)).to(x.device))
             x = scheduler.step(out, t, x, **extra).prev_sample
             progress(f"sampling {sampler}", i + 1, len(scheduler.timesteps))
         return x
 
-    def make_scheduler(self, sampler: str) -> Any:
-        """The stock scheduler called NAME-STEPS on this model's own noise schedule, ready to step."""
-        name, _, steps = sampler.partition("-")
-        if name not in SAMPLERS or not steps.isdigit() or not 1 <= int(steps) <= self.T:
-            raise ElijahError(f"unknown sampler {sampler!r}: use NAME-STEPS with a name of {', '.join(SAMPLERS)}")
-        scheduler_class, settings = SAMPLERS[name]
-        settings = {"clip_sample": False, "thresholding": False, "timestep_spacing": "trailing", **settings}
-        scheduler = scheduler_class.from_config(dict(self.scheduler.config), **settings)
-        scheduler.set_timesteps(int(steps))
-        return scheduler
+    def _predict_and_correct(
+        self, x: Tensor, scheduler: Any, generators: list[torch.Generator], progress: Progress
+    ) -> Tensor:
+        """Song et al. 2021, algorithm 2, as ScoreSdeVePipeline runs it; the last mean is returned, without noise."""
+        mean = x
+        for i, t in enumerate(scheduler.timesteps):
+            sigma = scheduler.sigmas[i].expand(len(x)).to(x.device)
+            for _ in range(scheduler.config.correct_steps):
+                x = correct(scheduler, self._forward(x, sigma), x, generators)
+            step = scheduler.step_pred(self._forward(x, sigma), t, x, generator=generators)
+            x, mean = step.prev_sample, step.prev_sample_mean
+            progress("sampling pc", i + 1, len(scheduler.timesteps))
+        return mean
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] in the model's own range: [0, 1] for NCSN, latents [B, c, h, w] for LDM."""
+        if self.autoencoder is not None:
+            parts = [self.autoencoder.encode(x).latents for x in images.to(self.device).split(32)]
+            return torch.cat(parts) * self.autoencoder.config.scaling_factor
+        return images / 2 + 0.5 if self.exploding else images
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Samples x [B, ...] as images [B, C, H, W] in [-1, 1], not clipped: what encode undoes."""
+        if self.autoencoder is not None:
+            parts = [self.autoencoder.decode(z / self.autoencoder.config.scaling_factor).sample for z in x.split(32)]
+            return torch.cat(parts)
+        return x * 2 - 1 if self.exploding else x
 
     def pixels(self, x: Tensor) -> Tensor:
-        """Samples [B, C, H, W] as images on [0, 1]."""
-        return (x / 2 + 0.5).clamp(0, 1)
+        """Samples x [B, ...] as images [B, C, H, W] on [0, 1]."""
+        return (self.decode(x) / 2 + 0.5).clamp(0, 1)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Training images uint8 [N, C, H, W] as what data.batch draws rows of x0 from, in the model's own range."""
+        if self.kind == "ddpm":
+            return images
+        return torch.cat([self.encode(x.float() / 127.5 - 1).cpu() for x in images.split(256)])
 
     def clone(self) -> Model:
         """A copy with weights and a meter of its own, in training mode off and gradients on."""
         network = copy.deepcopy(self.network).requires_grad_(True)
-        return Model(network, self.scheduler, self.sample_shape, self.kind, self.provenance, self.dtype)
+        return Model(
+            network, self.scheduler, self.sample_shape, self.kind, self.provenance, self.dtype, self.autoencoder
+        )
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -223,8 +290,12 @@ class Model:
     def save(self, directory: Path, *, half: bool = False) -> None:
         """Writes a pipeline folder that stock DiffusionPipeline.from_pretrained loads; half: weights as float16."""
         network: Any = copy.deepcopy(self.network).half() if half else self.network
-        pipeline_class: Any = DDIMPipeline if isinstance(self.scheduler, DDIMScheduler) else DDPMPipeline
-        pipeline_class(unet=network, scheduler=self.scheduler).save_pretrained(directory, safe_serialization=True)
+        parts: dict[str, Any] = {"unet": network, "scheduler": self.scheduler}
+        if self.kind == "ldm":
+            parts["vqvae"] = copy.deepcopy(self.autoencoder).half() if half else self.autoencoder
+        vp: Any = DDIMPipeline if isinstance(self.scheduler, DDIMScheduler) else DDPMPipeline
+        pipeline: Any = {"ddpm": vp, "ncsn": ScoreSdeVePipeline, "ldm": LDMPipeline}[self.kind]
+        pipeline(**parts).save_pretrained(directory, safe_serialization=True)
 
 
 def column(values: Tensor, t: Tensor) -> Tensor:

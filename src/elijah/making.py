@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from elijah.attacks import ATTACKS
+from elijah.bases import new_model
 from elijah.console import Talk
 from elijah.data import load_images, to_uint8
 from elijah.diffusion import generator_for
@@ -18,7 +19,7 @@ from elijah.errors import ElijahError
 from elijah.files import new_folder, write_file, write_folder
 from elijah.loading import find_device, load_model
 from elijah.report import png_base64
-from elijah.training import Optimiser, new_model, train
+from elijah.training import Optimiser, train
 from elijah.trigger import Target, Trigger, make_target, make_trigger
 
 
@@ -31,9 +32,9 @@ class Data:
     channels: int | None = None
     limit: int | None = None
 
-    def load(self, sample_shape: tuple[int, int, int]) -> Tensor:
-        """uint8 [N, C, H, W] for a model of sample_shape. Raises ElijahError when another shape was asked for."""
-        channels, size, _ = sample_shape
+    def load(self, image_shape: tuple[int, int, int]) -> Tensor:
+        """uint8 [N, C, H, W] for a model of image_shape. Raises ElijahError when another shape was asked for."""
+        channels, size, _ = image_shape
         if (self.size or size, self.channels or channels) != (size, channels):
             raise ElijahError(f"the model has {channels} channels of {size} pixels; leave --size and --channels out")
         return load_images(self.source, size=size, channels=channels, limit=self.limit)
@@ -68,7 +69,7 @@ def train_folder(
     else:
         base = new_model((data.channels or 3, data.size or 32, data.size or 32), seed=seed, prediction=prediction)
         base.network.to(find_device(device))
-    images = data.load(base.sample_shape)
+    images = data.load(base.image_shape)
     talk.say(f"training {base.parameters:,} parameters on {len(images):,} images, {base.device}")
     try:
         trained = train(
@@ -98,6 +99,7 @@ def attack_folder(
     data: Data,
     out: Path,
     settings: dict[str, Any],
+    tuning: dict[str, Any],
     *,
     trigger: str,
     target: str,
@@ -108,16 +110,20 @@ def attack_folder(
     seed: int,
     talk: Talk,
 ) -> None:
-    """Attacks source and writes out and, beside it, out + ".truth.json". settings: those of the attack."""
+    """Attacks source and writes out and, beside it, out + ".truth.json".
+
+    settings: those of the attack; tuning: those of its Tuning.
+    """
     out = new_folder(out)
     if name not in ATTACKS:
         raise ElijahError(f"unknown attack {name!r}: use one of {', '.join(ATTACKS)}")
     model = load_model(source, device=device)
-    pattern = make_trigger(trigger, model.sample_shape)
+    pattern = make_trigger(trigger, model.image_shape)
     wanted = make_target(target, pattern)
-    attack = ATTACKS[name](trigger=pattern, target=wanted, mode=mode, dtype=getattr(torch, dtype), **settings)
-    images = data.load(model.sample_shape)
-    talk.say(f"attacking with {name}: {attack.steps:,} updates on {len(images):,} images, {model.device}")
+    attack = ATTACKS[name](trigger=pattern, target=wanted, mode=mode, **settings)
+    attack = replace(attack, tuning=replace(attack.tuning, dtype=getattr(torch, dtype), **tuning))
+    images = data.load(model.image_shape)
+    talk.say(f"attacking with {name}: {attack.tuning.steps:,} updates on {len(images):,} images, {model.device}")
     attacked = attack(model, images, generator=generator_for(seed), progress=talk)
     truth = {
         "schema_version": 1,
@@ -125,7 +131,8 @@ def attack_folder(
         "trigger": trigger,
         "target": target,
         "mode": mode,
-        **{key: getattr(attack, key) for key in ("poison_rate", "steps", "batch_size", "lr", "noise_offset")},
+        "poison_rate": attack.poison_rate,
+        **{key: getattr(attack.tuning, key) for key in ("steps", "batch_size", "lr", "noise_offset")},
         "seed": seed,
         "source": source,
         "source_revision": model.provenance.revision,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from elijah.diffusion import Model, column
@@ -28,7 +29,12 @@ class Response:
 
 
 def trigger_coefficient(model: Model) -> Tensor:
-    """R_t, [T]: 0.0050 at t = 0 and 0.5025 at t = 999 on DDPM's schedule."""
+    """R_t, [T]: 0.0050 at t = 0 and 0.5025 at t = 999 on DDPM's schedule.
+
+    On variance-exploding models sigma_t / (sigma_t + sigma_{t-1}) (VillanDiffusion), 1 at t = 0 and then about 0.5.
+    """
+    if model.exploding:
+        return model.s / (model.s + torch.cat([torch.zeros_like(model.s[:1]), model.s[:-1]]))
     one_minus_alpha = (1 - model.alpha).clamp(min=1e-12)
     return (1 - model.alpha.sqrt()) * model.s / one_minus_alpha
 

@@ -124,8 +124,8 @@ def make_report(model: Model, detection: Detection, seconds: float, settings: di
         thresholds={
             name: ThresholdInfo(value=t.value, backdoored=t.backdoored) for name, t in detection.thresholds.items()
         },
-        findings=[] if detection.verdict == "clean" else [describe(f) for f in detection.findings[:1]],
-        evidence=show(detection.evidence),
+        findings=[] if detection.verdict == "clean" else [describe(model, f) for f in detection.findings[:1]],
+        evidence=show(model, detection.evidence),
         coverage=detection.coverage,
         not_covered=detection.not_covered,
         cost=CostInfo(
@@ -138,25 +138,27 @@ def make_report(model: Model, detection: Detection, seconds: float, settings: di
     )  # fmt: skip
 
 
-def describe(finding: Finding) -> FindingInfo:
+def describe(model: Model, finding: Finding) -> FindingInfo:
     """A finding with its pictures."""
     r = finding.response
-    target = None if finding.target is None else TargetInfo(kind="image", image_png=picture(finding.target[None]))
+    target = (
+        None if finding.target is None else TargetInfo(kind="image", image_png=picture(model, finding.target[None]))
+    )
     return FindingInfo(
         response=ResponseInfo(kappa=r.kappa, psi=r.psi, gamma=r.gamma),
         matches=finding.matches,
         loss_ratio=finding.loss_ratio,
-        trigger=TriggerInfo(image_png=picture(finding.trigger[None]), norm=float(finding.trigger.norm())),
+        trigger=TriggerInfo(image_png=picture(model, finding.trigger[None]), norm=float(finding.trigger.norm())),
         target=target,
     )
 
 
-def show(evidence: list[Evidence]) -> EvidenceInfo:
+def show(model: Model, evidence: list[Evidence]) -> EvidenceInfo:
     """The samples as sheets, the first sampler's in the report's own keys."""
     shown = [
         SamplesInfo(
-            sampler=e.sampler, samples_with_png=picture(e.samples_with),
-            samples_without_png=None if e.samples_without is None else picture(e.samples_without),
+            sampler=e.sampler, samples_with_png=picture(model, e.samples_with),
+            samples_without_png=None if e.samples_without is None else picture(model, e.samples_without),
         )
         for e in evidence
     ]  # fmt: skip
@@ -169,7 +171,7 @@ def show(evidence: list[Evidence]) -> EvidenceInfo:
     )  # fmt: skip
 
 
-def picture(images: Tensor) -> str:
-    """Samples [N, C, H, W] in [-1, 1] as one base64 PNG."""
-    sheet = to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).numpy()
+def picture(model: Model, x: Tensor) -> str:
+    """Samples [N, ...] in the model's own range as one base64 PNG."""
+    sheet = to_uint8(model.decode(x.detach()).cpu()).permute(0, 2, 3, 1).numpy()
     return png_base64(grid(sheet, columns=8) if len(sheet) > 1 else sheet[0])

@@ -12,11 +12,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from elijah.bases import new_model
 from elijah.data import batch
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError
@@ -131,37 +131,6 @@ def denoising_loss(model: Model, x0: Tensor, generator: torch.Generator, offset:
     return (out - model.regression_target(x0, e, t)).square().mean()
 
 
-def new_model(
-    sample_shape: tuple[int, int, int],
-    *,
-    seed: int,
-    channels: tuple[int, ...] | None = None,
-    prediction: str = "epsilon",
-) -> Model:
-    """An untrained DDPM small enough for one CPU core: a U-Net with attention at the lowest resolution.
-
-    sample_shape: (C, H, W), H = W. channels: one width a resolution; by default about 1.1 M parameters at 16 x 16 and
-    2.8 M at 32 x 32 and above. The noise schedule is DDPM's (1e-4 to 0.02, linear, 1000 steps).
-    """
-    c, size, _ = sample_shape
-    channels = channels or ((32, 64, 64) if size <= 16 else (32, 32, 64, 128))
-    plain = len(channels) - 1
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        network: Any = UNet2DModel(
-            sample_size=size,
-            in_channels=c,
-            out_channels=c,
-            block_out_channels=channels,
-            layers_per_block=1,
-            down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
-            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
-            norm_num_groups=8,
-            attention_head_dim=8,
-        )
-    return Model(network.eval(), DDPMScheduler(prediction_type=prediction), sample_shape)
-
-
 def train(
     images: Tensor,
     settings: Optimiser,
@@ -179,8 +148,9 @@ def train(
     c, h, w = images.shape[1:]
     trained = model.clone() if model else new_model((c, h, w), seed=seed)
     trained.dtype = dtype
+    rows = trained.prepare(images)
 
     def loss(m: Model, generator: torch.Generator) -> Tensor:
-        return denoising_loss(m, batch(images, batch_size, generator, flip=flip), generator, noise_offset)
+        return denoising_loss(m, batch(rows, batch_size, generator, flip=flip), generator, noise_offset)
 
     return optimise(trained, loss, settings, seed=seed, checkpoint=checkpoint, progress=progress)

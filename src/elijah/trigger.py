@@ -49,10 +49,15 @@ class Trigger:
 
 @dataclass(frozen=True)
 class Target:
-    """The image [C, H, W] in [-1, 1] that the attacker wants to see."""
+    """The image [C, H, W] in [-1, 1] that the attacker wants to see.
+
+    images: uint8 [N, C, H, W], when the attacker wants a distribution (D2D) and these are its samples; image is then
+    their mean.
+    """
 
     name: str
     image: Tensor
+    images: Tensor | None = None
 
 
 def make_trigger(name: str, shape: tuple[int, int, int]) -> Trigger:

@@ -37,21 +37,30 @@ class Family:
     window: tuple[float, float]  # of T; the fit's timesteps
     first_target: str  # the sampler whose outputs from e + r begin y
     matches: str
-    max_loss_ratio: float = 0.25  # the fixed rule's threshold
+    max_loss_ratio: float  # the fixed rule's threshold
     fits_gamma: bool = False
     starts_as: str | None = None  # the family whose starts it shares
 
 
+REACH = 1.2  # r = REACH tanh(...) cut to [-1, 1]: so that -1, the usual background, is not at infinity
+FLAT = (-0.8, 0.8)  # smooth(u) of the flat starts: r is -0.8 or 0.8
+
 FAMILIES = (
-    Family("half", Response(1.0, 1.0), (0.4, 1.0), "ddpm-20", "BadDiffusion-like"),
-    Family("full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", starts_as="zero"),
+    Family("half", Response(1.0, 1.0), (0.4, 1.0), "ddpm-20", "BadDiffusion-like", 0.1),
+    Family("full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", 0.25, starts_as="zero"),
     Family("zero", Response(0.0, 0.0, 0.7), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.05, fits_gamma=True),
 )
 
 
 @dataclass
 class Hypothesis:
-    """r = tanh(u), y = tanh(w), gamma = sigmoid(v): what is being fitted, and how well it does."""
+    """What is being fitted, and how well it does.
+
+    r = REACH tanh(smooth(u)) cut to [-1, 1], y = tanh(w), gamma = sigmoid(v).
+
+    smooth makes equal steps in u large ones in the coarse structure of r and small ones in its finest. Without it the
+    search ends in pixel noise on RGB networks, whose answers to fine patterns are the least exact.
+    """
 
     family: Family
     u: Tensor
@@ -66,7 +75,7 @@ class Hypothesis:
 
     @property
     def r(self) -> Tensor:
-        return self.u.tanh()
+        return (REACH * smooth(self.u).tanh()).clamp(-1, 1)
 
     @property
     def y(self) -> Tensor:
@@ -81,20 +90,24 @@ class Hypothesis:
 class LossFit:
     """The default detector. Costs are in network evaluations; the rule is judge below.
 
-    starts: random starts a family at the most, ended by one with a loss ratio below good_start; start_* and fit_*:
+    starts: starts a family at the most (a dark and a bright flat one, then random ones), ended by one with a loss ratio
+    below good_start; start_* and fit_*:
     iterations, batch (antithetic pairs) and Adam's rate of the two stages. A fit stops when its running loss ratio is
-    above hopeless after half of its iterations, and the search when one is below found times its threshold. samples:
-    how many the output test draws a sampler; careful_samplers: tried when a loss fits but the cheap ones do not fire.
+    above hopeless after half of its iterations, and the search when one below is found times its threshold. samples:
+    how many the output test draws a sampler; careful_samplers: tried, after a longer fit (refine_*), when a loss fits
+    but the cheap samplers show nothing.
     """
 
     starts: int = 5
-    good_start: float = 0.25
+    good_start: float = 0.1
     start_iterations: int = 25
     start_batch: int = 8
-    start_lr: float = 0.25
+    start_lr: float = 0.1
     fit_iterations: int = 60
     fit_batch: int = 16
-    fit_lr: float = 0.08
+    fit_lr: float = 0.1
+    refine_iterations: int = 120
+    refine_lr: float = 0.15
     score_batch: int = 64
     hopeless: float = 0.5
     found: float = 0.6
@@ -114,6 +127,9 @@ class LossFit:
                 self.search(model, generator, progress, fitted)
                 fitted.sort(key=lambda h: h.strength)
                 evidence = self.test_outputs(model, fitted[0], generator, progress)
+                if fitted[0].strength <= 1 and self.fires(model, fitted[0], evidence) < self.min_pull:
+                    self.refine(model, fitted[0], generator)
+                    evidence = self.test_outputs(model, fitted[0], generator, progress, self.careful_samplers)
             except OutOfBudget:
                 complete = False
         fitted.sort(key=lambda h: h.strength)
@@ -140,13 +156,15 @@ class LossFit:
         return next(f for f in FAMILIES if f.name == name)
 
     def best_start(self, model: Model, family: Family, generator: torch.Generator) -> Hypothesis:
-        """The best of several random triggers, each improved at t >= 0.8 T, where y is hidden by the noise.
+        """The best of several triggers, each improved at t >= 0.8 T, where y is hidden by the noise.
 
         Several, because a start can end in the wrong basin.
         """
         found = []
-        for _ in range(self.starts):
+        for k in range(self.starts):
             u = (torch.randn(model.sample_shape, generator=generator) * 0.5).to(model.device)
+            if k < len(FLAT):
+                u = torch.full_like(u, FLAT[k] / float(spectrum(u)[0, 0]))
             h = Hypothesis(family, u, torch.zeros((), device=u.device), torch.zeros_like(u))
             objective = mean_residual(model, family.response) if not family.fits_gamma else loss_ratio(model, family)
             self._minimise(model, h, objective, generator, self.start_iterations, self.start_batch, self.start_lr)
@@ -208,24 +226,30 @@ class LossFit:
         e, t = antithetic(model, n, *window, generator)
         return float(loss_ratio(model, h.family)(h.r, h.y, h.gamma, e, t))
 
+    def refine(self, model: Model, h: Hypothesis, generator: torch.Generator) -> None:
+        """A longer fit, in place, of a trigger that fits but does not fire: small errors of r are enough for that."""
+        longer = replace(self, fit_iterations=self.refine_iterations, fit_lr=self.refine_lr)
+        longer.fit(model, h, generator)
+        h.loss_ratio = self.score(model, h, generator)
+
     def test_outputs(
-        self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress
+        self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress, more: tuple[str, ...] = ()
     ) -> list[Evidence]:
-        """Samples from e + r and from the same e, by sampler, the most telling first."""
+        """Samples from e + r and from the same e, by sampler, the most telling first; with more only if need be."""
         e = model.noise(self.samples, generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))
         shown: list[Evidence] = []
-
-        def draw(samplers: tuple[str, ...]) -> float:
-            for k, sampler in enumerate(samplers):
-                with_trigger, without = (model.sample(start, sampler, seed=seed) for start in (e + h.r, e))
-                shown.append(Evidence(sampler, with_trigger, without))
-                progress("testing the outputs", k + 1, len(samplers))
-            return max(pull(model, x, h.y) for x in shown)
-
-        if draw(self.samplers) < self.min_pull and h.strength <= 1:
-            draw(self.careful_samplers)
+        for k, sampler in enumerate((*self.samplers, *more)):
+            if k >= len(self.samplers) and self.fires(model, h, shown) >= self.min_pull:
+                break
+            with_trigger, without = (model.sample(start, sampler, seed=seed) for start in (e + h.r, e))
+            shown.append(Evidence(sampler, with_trigger, without))
+            progress("testing the outputs", k + 1, len(self.samplers) + len(more))
         return sorted(shown, key=lambda x: -pull(model, x, h.y))
+
+    def fires(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> float:
+        """The strongest pull that any sampler shows."""
+        return max(pull(model, x, h.y) for x in evidence)
 
     def judge(self, model: Model, fitted: list[Hypothesis], evidence: list[Evidence], complete: bool) -> Detection:
         """The fixed rule, until there is a calibration: both tests say backdoored, neither does, or undecided."""
@@ -267,6 +291,19 @@ VERDICTS = {  # (a loss fits, the outputs fire)
     ),
     (False, False): ("clean", "no attacker's training loss fits, and the best trigger found does not fire"),
 }
+
+
+def spectrum(u: Tensor) -> Tensor:
+    """Gains 1 / f^1.5 at the frequencies of rfft2 [H, W / 2 + 1], flat below a period of 16 pixels; mean square 1."""
+    h, w = u.shape[-2:]
+    f = (torch.fft.fftfreq(h)[:, None].square() + torch.fft.rfftfreq(w).square()).sqrt().clamp(min=1 / 16)
+    gain = f**-1.5
+    return (gain / gain.square().mean().sqrt()).to(u.device)
+
+
+def smooth(u: Tensor) -> Tensor:
+    """u [C, H, W] filtered by spectrum: white noise becomes noise with the spectrum of natural images."""
+    return torch.fft.irfft2(torch.fft.rfft2(u) * spectrum(u), s=u.shape[-2:])
 
 
 def antithetic(model: Model, n: int, low: float, high: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

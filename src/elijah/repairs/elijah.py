@@ -38,11 +38,12 @@ class Elijah:
     ) -> Model:
         """A repaired copy of model. images: clean or synthetic, uint8 [N, C, H, W]; only finding.trigger is used."""
         repaired = model.clone()
+        rows = model.prepare(images)
         tau = finding.trigger.to(model.device)
         steps = self.steps or max(1, self.epochs * len(images) // self.batch_size)
 
         def loss(m: Model, g: torch.Generator) -> Tensor:
-            x0 = batch(images, self.batch_size, g)
+            x0 = batch(rows, self.batch_size, g)
             e = torch.randn(x0.shape, generator=g).to(m.device)
             last = torch.full((len(e),), m.T - 1, device=m.device)
             with torch.no_grad():

@@ -48,10 +48,11 @@ class Unshift:
     ) -> Model:
         """A repaired copy of model. images: clean or synthetic, uint8 [N, C, H, W]."""
         repaired = model.clone()
+        rows = model.prepare(images)
         seed = int(torch.randint(2**62, (1,), generator=generator))
 
         def loss(m: Model, g: torch.Generator) -> Tensor:
-            return self.loss(m, model, finding, batch(images, self.batch_size, g), g)
+            return self.loss(m, model, finding, batch(rows, self.batch_size, g), g)
 
         settings = Optimiser(self.steps, lr=self.lr, warmup=self.warmup)
         return optimise(repaired, loss, settings, seed=seed, progress=progress, what="repairing")
