@@ -34,7 +34,7 @@ from elijah.report import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TYPICAL_EVALUATIONS = {"lossfit": 13_000, "elijah": 46_000}  # of a clean model, for the estimate alone
+TYPICAL_EVALUATIONS = {"lossfit": 17_000, "elijah": 46_000}  # of a clean model, for the estimate alone
 
 
 def scan(

@@ -37,18 +37,26 @@ class Family:
     window: tuple[float, float]  # of T; the fit's timesteps
     first_target: str  # the sampler whose outputs from e + r begin y
     matches: str
-    max_loss_ratio: float  # the fixed rule's threshold
+    max_loss_ratio: float  # the fixed rule's threshold for a loss that fits
+    max_if_fires: float  # and the laxer one for a loss whose trigger is seen to fire
     fits_gamma: bool = False
     starts_as: str | None = None  # the family whose starts it shares
 
 
 REACH = 1.2  # r = REACH tanh(...) cut to [-1, 1]: so that -1, the usual background, is not at infinity
-FLAT = (-0.8, 0.8)  # smooth(u) of the flat starts: r is -0.8 or 0.8
+Start = tuple[float, float | None, float]
+STARTS: tuple[Start, ...] = (  # power, level and Adam's rate, in their order: flat where there is a level, else random
+    (1.5, -0.8, 0.1), (1.5, 0.8, 0.1), (1.5, None, 0.1), (0.0, None, 0.25), (1.5, None, 0.1), (0.0, None, 0.25),
+)  # fmt: skip
+
+RANDOM_STARTS = tuple(start for start in STARTS if start[1] is None)
 
 FAMILIES = (
-    Family("half", Response(1.0, 1.0), (0.4, 1.0), "ddpm-20", "BadDiffusion-like", 0.1),
-    Family("full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", 0.25, starts_as="zero"),
-    Family("zero", Response(0.0, 0.0, 0.7), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.05, fits_gamma=True),
+    Family("half", Response(1.0, 1.0), (0.4, 1.0), "ddpm-20", "BadDiffusion-like", 0.1, 0.25),
+    Family(
+        "full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", 0.25, 0.25, starts_as="zero"
+    ),
+    Family("zero", Response(0.0, 0.0, 0.7), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.05, 0.05, True),
 )
 
 
@@ -56,13 +64,14 @@ FAMILIES = (
 class Hypothesis:
     """What is being fitted, and how well it does.
 
-    r = REACH tanh(smooth(u)) cut to [-1, 1], y = tanh(w), gamma = sigmoid(v).
+    r = REACH tanh(coloured(u, power)) cut to [-1, 1], y = tanh(w), gamma = sigmoid(v).
 
-    smooth makes equal steps in u large ones in the coarse structure of r and small ones in its finest. Without it the
-    search ends in pixel noise on RGB networks, whose answers to fine patterns are the least exact.
+    With a power above 0, equal steps in u are large ones in the coarse structure of r and small ones in its finest.
+    Without it the search ends in pixel noise on RGB networks, whose answers to fine patterns are the least exact.
     """
 
     family: Family
+    power: float
     u: Tensor
     v: Tensor
     w: Tensor
@@ -74,8 +83,13 @@ class Hypothesis:
         return self.loss_ratio / self.family.max_loss_ratio
 
     @property
+    def fits(self) -> bool:
+        """Whether the attacker's loss fits by itself."""
+        return self.strength <= 1
+
+    @property
     def r(self) -> Tensor:
-        return (REACH * smooth(self.u).tanh()).clamp(-1, 1)
+        return (REACH * coloured(self.u, self.power).tanh()).clamp(-1, 1)
 
     @property
     def y(self) -> Tensor:
@@ -90,23 +104,21 @@ class Hypothesis:
 class LossFit:
     """The default detector. Costs are in network evaluations; the rule is judge below.
 
-    starts: starts a family at the most (a dark and a bright flat one, then random ones), ended by one with a loss ratio
-    below good_start; start_* and fit_*:
-    iterations, batch (antithetic pairs) and Adam's rate of the two stages. A fit stops when its running loss ratio is
-    above hopeless after half of its iterations, and the search when one below is found times its threshold. samples:
-    how many the output test draws a sampler; careful_samplers: tried, after a longer fit (refine_*), when a loss fits
-    but the cheap samplers show nothing.
+    starts: how many of STARTS a family tries at the most; one with a loss ratio below good_start is the last. start_*
+    and fit_*: iterations, batch (antithetic pairs) and Adam's rate of the two stages. A fit stops when its running loss
+    ratio is above hopeless after half of its iterations, and the search when one below is found times its threshold.
+    samples: how many the output test draws a sampler. Where the loss and the outputs disagree, a longer fit (refine_*)
+    and more careful_samplers are tried, and then random starts.
     """
 
-    starts: int = 5
+    starts: int = len(STARTS)
     good_start: float = 0.1
     start_iterations: int = 25
     start_batch: int = 8
-    start_lr: float = 0.1
     fit_iterations: int = 60
     fit_batch: int = 16
     fit_lr: float = 0.1
-    refine_iterations: int = 120
+    refine_iterations: int = 160
     refine_lr: float = 0.15
     score_batch: int = 64
     hopeless: float = 0.5
@@ -127,8 +139,10 @@ class LossFit:
                 self.search(model, generator, progress, fitted)
                 fitted.sort(key=lambda h: h.strength)
                 evidence = self.test_outputs(model, fitted[0], generator, progress)
-                if fitted[0].strength <= 1 and self.fires(model, fitted[0], evidence) < self.min_pull:
-                    self.refine(model, fitted[0], generator)
+                for again in (self.refine, self.restart):
+                    if fitted[0].fits == self.fires(model, fitted[0], evidence):
+                        break
+                    fitted[0] = again(model, fitted[0], generator)
                     evidence = self.test_outputs(model, fitted[0], generator, progress, self.careful_samplers)
             except OutOfBudget:
                 complete = False
@@ -155,19 +169,21 @@ class LossFit:
     def _family(self, name: str) -> Family:
         return next(f for f in FAMILIES if f.name == name)
 
-    def best_start(self, model: Model, family: Family, generator: torch.Generator) -> Hypothesis:
+    def best_start(
+        self, model: Model, family: Family, generator: torch.Generator, starts: tuple[Start, ...] = STARTS
+    ) -> Hypothesis:
         """The best of several triggers, each improved at t >= 0.8 T, where y is hidden by the noise.
 
         Several, because a start can end in the wrong basin.
         """
         found = []
-        for k in range(self.starts):
+        for power, level, lr in starts[: self.starts]:
             u = (torch.randn(model.sample_shape, generator=generator) * 0.5).to(model.device)
-            if k < len(FLAT):
-                u = torch.full_like(u, FLAT[k] / float(spectrum(u)[0, 0]))
-            h = Hypothesis(family, u, torch.zeros((), device=u.device), torch.zeros_like(u))
+            if level is not None:
+                u = torch.full_like(u, level / float(spectrum(u, power)[0, 0]))
+            h = Hypothesis(family, power, u, torch.zeros((), device=u.device), torch.zeros_like(u))
             objective = mean_residual(model, family.response) if not family.fits_gamma else loss_ratio(model, family)
-            self._minimise(model, h, objective, generator, self.start_iterations, self.start_batch, self.start_lr)
+            self._minimise(model, h, objective, generator, self.start_iterations, self.start_batch, lr)
             h.loss_ratio = self._evaluate(model, h, (0.8, 1.0), self.start_batch * 4, generator)
             found.append(h)
             if h.loss_ratio < self.good_start:
@@ -226,11 +242,20 @@ class LossFit:
         e, t = antithetic(model, n, *window, generator)
         return float(loss_ratio(model, h.family)(h.r, h.y, h.gamma, e, t))
 
-    def refine(self, model: Model, h: Hypothesis, generator: torch.Generator) -> None:
-        """A longer fit, in place, of a trigger that fits but does not fire: small errors of r are enough for that."""
+    def refine(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
+        """h after a longer fit, where loss and outputs disagree: small errors of r are enough for that."""
         longer = replace(self, fit_iterations=self.refine_iterations, fit_lr=self.refine_lr)
-        longer.fit(model, h, generator)
-        h.loss_ratio = self.score(model, h, generator)
+        better = replace(h)
+        longer.fit(model, better, generator)
+        better.loss_ratio = self.score(model, better, generator)
+        return better
+
+    def restart(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
+        """The same family from random starts alone and with the longer fit: h may be a local minimum."""
+        family = self._family(h.family.starts_as or h.family.name)
+        fresh = replace(self.best_start(model, family, generator, RANDOM_STARTS), family=h.family)
+        fresh.w = self.first_target(model, fresh, generator)
+        return min(h, self.refine(model, fresh, generator), key=lambda x: x.strength)
 
     def test_outputs(
         self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress, more: tuple[str, ...] = ()
@@ -240,16 +265,16 @@ class LossFit:
         seed = int(torch.randint(2**31, (1,), generator=generator))
         shown: list[Evidence] = []
         for k, sampler in enumerate((*self.samplers, *more)):
-            if k >= len(self.samplers) and self.fires(model, h, shown) >= self.min_pull:
+            if k >= len(self.samplers) and self.fires(model, h, shown):
                 break
             with_trigger, without = (model.sample(start, sampler, seed=seed) for start in (e + h.r, e))
             shown.append(Evidence(sampler, with_trigger, without))
             progress("testing the outputs", k + 1, len(self.samplers) + len(more))
         return sorted(shown, key=lambda x: -pull(model, x, h.y))
 
-    def fires(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> float:
-        """The strongest pull that any sampler shows."""
-        return max(pull(model, x, h.y) for x in evidence)
+    def fires(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
+        """Whether some sampler shows a pull of min_pull."""
+        return max(pull(model, x, h.y) for x in evidence) >= self.min_pull
 
     def judge(self, model: Model, fitted: list[Hypothesis], evidence: list[Evidence], complete: bool) -> Detection:
         """The fixed rule, until there is a calibration: both tests say backdoored, neither does, or undecided."""
@@ -260,8 +285,10 @@ class LossFit:
             scores |= {f"pull_{x.sampler}": pull(model, x, fitted[0].y) for x in evidence}
             scores["pull"] = pull(model, evidence[0], fitted[0].y)
             thresholds["pull"] = Threshold(self.min_pull, "above")
-            verdict, reason = VERDICTS[fitted[0].strength <= 1, scores["pull"] >= self.min_pull]
-            if scores["pull"] >= self.min_pull:
+            fires = self.fires(model, fitted[0], evidence)
+            fits = fitted[0].fits or (fires and fitted[0].loss_ratio <= fitted[0].family.max_if_fires)
+            verdict, reason = VERDICTS[fits, fires]
+            if fires:
                 fitted[0].w = torch.atanh(seen_target(model, evidence[0], fitted[0].y).clamp(-0.999, 0.999))
         findings = [
             Finding(replace(h.family.response, gamma=float(h.gamma)), h.r, h.y, h.loss_ratio, h.family.matches)
@@ -293,17 +320,17 @@ VERDICTS = {  # (a loss fits, the outputs fire)
 }
 
 
-def spectrum(u: Tensor) -> Tensor:
-    """Gains 1 / f^1.5 at the frequencies of rfft2 [H, W / 2 + 1], flat below a period of 16 pixels; mean square 1."""
+def spectrum(u: Tensor, power: float) -> Tensor:
+    """Gains 1 / f^power at the frequencies of rfft2 [H, W / 2 + 1], flat below a period of 16 pixels; mean square 1."""
     h, w = u.shape[-2:]
     f = (torch.fft.fftfreq(h)[:, None].square() + torch.fft.rfftfreq(w).square()).sqrt().clamp(min=1 / 16)
-    gain = f**-1.5
+    gain = f**-power
     return (gain / gain.square().mean().sqrt()).to(u.device)
 
 
-def smooth(u: Tensor) -> Tensor:
-    """u [C, H, W] filtered by spectrum: white noise becomes noise with the spectrum of natural images."""
-    return torch.fft.irfft2(torch.fft.rfft2(u) * spectrum(u), s=u.shape[-2:])
+def coloured(u: Tensor, power: float) -> Tensor:
+    """u [C, H, W] filtered by spectrum: white noise gets, with power 1.5, about the spectrum of natural images."""
+    return torch.fft.irfft2(torch.fft.rfft2(u) * spectrum(u, power), s=u.shape[-2:])
 
 
 def antithetic(model: Model, n: int, low: float, high: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
