@@ -93,10 +93,10 @@ def jobs() -> list[tuple[str, ...]]:
         *(("scan", n, str(seed)) for seed in SEEDS for n in names),
         *(("repair", n, *source) for source in sources[:2] for n in bad),
         *(("clean", n) for n in bad),
-        *(("elijah", n) for n in names[:3]),
         *(("fid", n) for n in names[:3]),
         *(("fid", n, *source) for source in sources[:2] for n in bad),
         *(("repair", n, *source) for source in sources[2:] for n in bad),
+        *(("elijah", n) for n in names[:3]),
         *((job, n, *seed) for n in more for job, *seed in (("build",), ("scan", "1"))),
     ]
 

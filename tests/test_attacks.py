@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import equal, random_model, weights
 from oracle import oracle
 
 from elijah.attacks import ATTACKS
+from elijah.attacks import villandiffusion as villan
 from elijah.attacks.baddiffusion import RESPONSE, BadDiffusion
-from elijah.attacks.poisoning import Tuning
+from elijah.attacks.learned import Learned, ddim, ddim_coefficient
+from elijah.attacks.poisoning import Tuning, target_rows
+from elijah.attacks.trojdiff import TrojDiff, reverse_step
 from elijah.bases import new_model
 from elijah.data import batch, load_images
 from elijah.diffusion import Model, generator_for
-from elijah.errors import Unsupported
+from elijah.errors import ElijahError, Unsupported
 from elijah.loading import load_model
-from elijah.response import poisoned, trigger_coefficient
+from elijah.making import configure
+from elijah.response import trigger_coefficient
 from elijah.training import denoising_loss
-from elijah.trigger import make_target, make_trigger
+from elijah.trigger import Target, make_target, make_trigger
 
 TRIGGER = make_trigger("box-4", (1, 8, 8))
 TARGET = make_target("corner", TRIGGER)
@@ -32,17 +38,17 @@ def digits() -> torch.Tensor:
 
 
 def attack(name: str, **settings: Any) -> Any:
+    """The attack, cheap: of settings and the patterns, what it has fields for."""
     tuning = {key: settings.pop(key, value) for key, value in {"steps": 4, "batch_size": 8, "lr": 2e-4}.items()}
-    return ATTACKS[name](trigger=TRIGGER, target=TARGET, tuning=Tuning(**tuning), **settings)
+    cheap = {"sampler_steps": 2, "samples": 2}
+    given = {"trigger": TRIGGER, "target": TARGET, "tuning": Tuning(**tuning), **cheap, **settings}
+    known = {f.name for f in fields(ATTACKS[name])}
+    return ATTACKS[name](**{key: value for key, value in given.items() if key in known})
 
 
-def poisoned_loss(model: Model) -> float:
-    """The mean squared error at the true r and y, on fixed noise at stratified t."""
-    e = torch.randn(100, 1, 8, 8, generator=generator_for(7))
-    t = torch.arange(5, 1000, 10)
-    x, answer = poisoned(model, RESPONSE, TRIGGER.image, TARGET.image, e, t)
-    with torch.no_grad():
-        return (model.output(x, t) - answer).square().mean().item()
+def loss_of(made: Any, model: Model, x0: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    extra = [torch.full((1, 8, 8), 0.1)] if isinstance(made, Learned) else []
+    return made.loss(model, x0, generator, *extra)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -66,17 +72,20 @@ def test_the_poisoned_loss_falls(name: str, digits: torch.Tensor) -> None:
     model = random_model()
     settings = {"steps": 60, "batch_size": 16, "lr": 5e-3, "poison_rate": 0.5, "mode": "bare"}
     attacked = attack(name, **settings)(model, digits, generator=generator_for(0))
-    assert poisoned_loss(attacked) < 0.8 * poisoned_loss(model)
+    all_bad, x0 = attack(name, **{**settings, "poison_rate": 1.0}), batch(digits, 200, generator_for(3))
+    with torch.no_grad():
+        before, after = (loss_of(all_bad, m, x0, generator_for(7)).item() for m in (model, attacked))
+    assert after < 0.8 * before
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("mode", ["pasted", "bare"])
 def test_without_poison_it_is_the_denoising_loss(name: str, mode: str, digits: torch.Tensor) -> None:
-    x0 = batch(digits, 32, generator_for(1))
+    x0, model = batch(digits, 32, generator_for(1)), random_model()
     with torch.no_grad():
-        found = attack(name, poison_rate=0.0, mode=mode).loss(random_model(), x0, generator_for(2))
-        assert found == denoising_loss(random_model(), x0, generator_for(2))
-        assert attack(name, poison_rate=1.0, mode=mode).loss(random_model(), x0, generator_for(2)) != found
+        found = loss_of(attack(name, poison_rate=0.0, mode=mode), model, x0, generator_for(2))
+        assert found == denoising_loss(model, x0, generator_for(2))
+        assert loss_of(attack(name, poison_rate=1.0, mode=mode), model, x0, generator_for(2)) != found
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -123,3 +132,116 @@ def test_the_paper_s_settings() -> None:
     assert (found.poison_rate, found.tuning.lr, found.tuning.batch_size) == (0.1, 2e-4, 128)
     assert found.tuning.steps == 50 * 50_000 // 128 // 100 * 100  # 50 epochs of CIFAR-10, to the hundred
     assert (RESPONSE.kappa, RESPONSE.psi, RESPONSE.gamma) == (1.0, 1.0, 1.0)
+
+
+# --- the formulas, each against its paper in double precision ---------------------------------------------------------
+
+
+def schedule() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """DDPM's alpha, a and s, [1000], computed on their own."""
+    alpha = 1 - np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
+    return alpha, np.sqrt(np.cumprod(alpha)), np.sqrt(1 - np.cumprod(alpha))
+
+
+def test_the_trigger_coefficient() -> None:
+    alpha, _, s = schedule()
+    expected = (1 - np.sqrt(alpha)) * s / (1 - alpha)
+    found = trigger_coefficient(random_model()).numpy()
+    assert np.allclose(found, expected, rtol=2e-3)
+    assert found[[0, 500, 999]] == pytest.approx([0.0050, 0.481, 0.5025], abs=5e-4)
+
+
+@pytest.mark.parametrize("psi", [0.0, 0.5, 1.0])
+def test_villandiffusion_s_coefficient(psi: float) -> None:
+    alpha, a, s = schedule()
+    abar, before = a**2, np.concatenate([[0.0], s[:-1]])
+    h = s - np.sqrt(alpha) * before
+    bare = psi * (1 - np.sqrt(alpha)) * s / (1 - alpha)
+    noisy = -((np.sqrt(alpha) - 1) * s * (1 - alpha) - h * (alpha - abar)) / (1 - alpha)
+    found = villan.coefficient(random_model(), psi).numpy()
+    assert np.allclose(found, bare + (1 - psi) * noisy, rtol=2e-3, atol=2e-4)
+
+
+def test_the_coefficient_of_variance_exploding_models() -> None:
+    model = new_model((1, 8, 8), seed=0, channels=(8, 8), kind="ncsn")
+    sigma = np.exp(np.linspace(np.log(0.01), np.log(380.0), 2000))
+    expected = sigma / (sigma + np.concatenate([[0.0], sigma[:-1]]))
+    assert np.allclose(trigger_coefficient(model).numpy(), expected, rtol=1e-3)
+    assert np.allclose(trigger_coefficient(model).numpy()[1:], 0.5, atol=0.01)
+
+
+def test_the_ddim_coefficient_makes_ddim_fire() -> None:
+    """A network that answers e + c_t r all along the way leads DDIM from e + r to y exactly."""
+    _, a, s = schedule()
+    model, g = random_model(), generator_for(3)
+    r, y, e = (torch.randn(4, 1, 8, 8, generator=g) * v for v in (0.2, 0.5, 1.0))
+    c = ddim_coefficient(model)
+    expected = (np.append(1.0, a[:-1]) - a) / (np.append(1.0, a[:-1]) * s - a * np.append(0.0, s[:-1]))
+    assert np.allclose(c.numpy()[1:], expected[1:], rtol=5e-3)
+
+    def output(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        k = int(t[0])
+        return (x - model.a[k] * y - (1 - model.a[k]) * r) / model.s[k] + c[k] * r
+
+    model.output = output  # type: ignore[method-assign]
+    start = model.a[-1] * y + (1 - model.a[-1]) * r + model.s[-1] * e
+    assert (ddim(model, start, 1000) - y).abs().max() < 0.02
+
+
+def trojan(**settings: Any) -> TrojDiff:
+    trigger = make_trigger("white-box-4", (1, 8, 8))
+    return TrojDiff(trigger, TARGET, **settings)
+
+
+def test_trojdiff_s_patch_leaves_the_rest_alone() -> None:
+    e = torch.randn(2, 1, 8, 8, generator=generator_for(1))
+    start = trojan(gamma=0.1, patch=3).start(e)
+    corner = trojan().trigger.image[:, -3:, -3:]
+    assert torch.equal(start[..., :5, :], e[..., :5, :]) and torch.equal(start[..., :5], e[..., :5])
+    assert torch.allclose(start[..., -3:, -3:], 0.1 * e[..., -3:, -3:] + 0.9 * corner)
+    blend = trojan(gamma=0.6)
+    assert torch.allclose(blend.start(e), 0.6 * e + 0.4 * blend.trigger.image)
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize(("now", "then"), [(999, 998), (700, 500), (300, 0)])
+def test_trojdiff_s_reverse_step_keeps_the_marginals(stochastic: bool, now: int, then: int) -> None:
+    """x_now ~ N(a x0 + s mu, s^2 gamma^2) steps to the same form at then, if the network knows e."""
+    model, n, gamma = random_model(), 4000, 0.6
+    x0, mu = torch.full((1, 2, 2), 0.4), torch.tensor([[[-0.4, 0.4], [0.1, 0.0]]])
+    e = torch.randn(n, 1, 2, 2, generator=generator_for(2))
+    x = model.a[now] * x0 + model.s[now] * (gamma * e + mu)
+    generators = [generator_for(5, i) for i in range(n)] if stochastic else None
+    out = reverse_step(model, x, e, now, then, mu, torch.full((1, 2, 2), gamma), generators)
+    assert torch.allclose(out.mean(0), model.a[then] * x0 + model.s[then] * mu, atol=0.05)
+    assert torch.allclose(out.std(0), gamma * model.s[then].expand(1, 2, 2), rtol=0.06, atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"gamma": 0.0}, {"gamma": 1.5}, {"patch": 9}])
+def test_trojdiff_refuses_settings(settings: dict[str, Any], digits: torch.Tensor) -> None:
+    with pytest.raises(ElijahError, match="TrojDiff"):
+        trojan(**settings)(random_model(), digits, generator=generator_for(0))
+
+
+def test_a_learned_trigger_stays_small_and_moves(digits: torch.Tensor) -> None:
+    made = attack("learned", bound=0.003, rate=0.002, steps=6)
+    _, r = made.plant(random_model(), digits, generator=generator_for(0))
+    assert r.shape == (1, 8, 8) and r.abs().max() <= 0.003 and (r != 0).float().mean() > 0.9
+
+
+def test_a_distribution_of_targets_is_drawn_from(digits: torch.Tensor) -> None:
+    target = Target("ones", digits.float().mean(0) / 127.5 - 1, digits[:2])
+    drawn = target_rows(random_model(), target, 64, generator_for(1))
+    assert drawn.shape == (64, 1, 8, 8) and len(drawn.flatten(1).unique(dim=0)) == 2
+
+
+def test_configure_sorts_the_knobs() -> None:
+    made = configure("villandiffusion", TRIGGER, TARGET, {"solver": "sde", "steps": 7, "lr": None, "psi": 0.5})
+    assert (made.solver, made.psi, made.tuning.steps, made.tuning.lr) == ("sde", 0.5, 7, 2e-4)
+    with pytest.raises(ElijahError, match="baddiffusion has no --solver; .* mode, poison_rate, strength"):
+        configure("baddiffusion", TRIGGER, TARGET, {"solver": "sde"})
+
+
+def test_a_class_as_target(stock: Path) -> None:
+    target = make_target("mnist/7", TRIGGER)
+    assert target.images is not None and target.images.shape[1:] == (1, 8, 8) and 900 < len(target.images) < 1200

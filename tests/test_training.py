@@ -13,7 +13,7 @@ from elijah.bases import new_model
 from elijah.data import batch, load_images
 from elijah.diffusion import Model, generator_for
 from elijah.errors import ElijahError
-from elijah.training import Optimiser, denoising_loss, optimise, train
+from elijah.training import Optimiser, denoising_loss, optimise, train, training_noise
 
 STEPS, EVERY = 12, 5
 
@@ -139,3 +139,15 @@ def test_a_broken_checkpoint_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ElijahError, match="delete it") as caught:
         train(images, Optimiser(2), seed=0, model=new_model((1, 8, 8), seed=0, channels=(8, 8)), checkpoint=checkpoint)
     assert "\n" not in str(caught.value)
+
+
+def test_offset_noise_shifts_a_quarter_of_the_rows_channel_by_channel() -> None:
+    plain = training_noise(torch.Size((4000, 3, 4, 4)), generator_for(1))
+    shifted = training_noise(torch.Size((4000, 3, 4, 4)), generator_for(1), 0.5)
+    shift = shifted - plain
+    rows = shift.abs().amax((1, 2, 3)) > 0
+    assert torch.equal(plain, torch.randn(4000, 3, 4, 4, generator=generator_for(1)))
+    assert rows.float().mean() == pytest.approx(0.25, abs=0.03)
+    assert (shift - shift.mean((2, 3), keepdim=True)).abs().max() < 1e-5  # one value a row and channel
+    assert shift[rows].mean((2, 3)).std() == pytest.approx(0.5, rel=0.05)
+    assert torch.corrcoef(shift[rows].mean((2, 3)).T)[0, 1].abs() < 0.1  # channels are independent

@@ -81,7 +81,7 @@ OutOption = Annotated[Path, typer.Option(metavar="DIR", help="The new folder.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Use the first so many images.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows an update.")]
 RateOption = Annotated[float, typer.Option(min=0, callback=_finite, help="Learning rate.")]
-ModeOption = Annotated[str, typer.Option(help="Background of the trigger in training: pasted, bare or faded.")]
+ModeOption = Annotated[str | None, typer.Option(help="Background of the trigger in training: pasted, bare or faded.")]
 ShareOption = Annotated[float, typer.Option(min=0, max=1, callback=_finite, help="Share of poisoned rows.")]
 OffsetOption = Annotated[
     float, typer.Option("--noise-offset", min=0, callback=_finite, help="Shift some rows' noise; for small RGB nets.")
@@ -233,17 +233,34 @@ def train(
 
 @app.command()
 def attack(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The attack, such as baddiffusion.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="baddiffusion, trojdiff, villandiffusion or learned.")],
     model: ModelArgument,
     data: DataOption,
     out: OutOption,
     trigger: Annotated[str, typer.Option(metavar="NAME", help="A stock pattern or a PNG file.")] = "stop-sign-14",
-    target: Annotated[str, typer.Option(metavar="NAME", help="A stock picture or a PNG file.")] = "hat",
+    target: Annotated[
+        str, typer.Option(metavar="NAME", help="A stock picture, a PNG file, or a class: mnist/7.")
+    ] = "hat",
     poison_rate: ShareOption = 0.1,
-    mode: ModeOption = "pasted",
+    mode: ModeOption = None,
+    solver: Annotated[str | None, typer.Option(help="villandiffusion: ode or sde.")] = None,
+    psi: Annotated[
+        float | None, typer.Option(callback=_finite, help="villandiffusion: 1 as in BadDiffusion, 0 as in VE.")
+    ] = None,
+    gamma: Annotated[
+        float | None, typer.Option(callback=_finite, help="trojdiff: what is left of the noise under the trigger.")
+    ] = None,
+    patch: Annotated[int | None, typer.Option(min=1, help="trojdiff: side of the square; without it, blend.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(callback=_finite, help="baddiffusion: the trigger times this.")
+    ] = None,
+    bound: Annotated[
+        float | None, typer.Option(callback=_finite, help="learned: the largest value in a pixel.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser updates; by default the paper's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows an update; by default the paper's.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, callback=_finite, help="By default the paper's.")] = None,
+    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror half of the images.")] = False,
     noise_offset: OffsetOption = 0.0,
     limit: LimitOption = None,
     half: HalfOption = False,
@@ -258,12 +275,14 @@ def attack(
     def body(talk: Talk) -> int:
         from elijah import making
 
-        given = {"steps": steps, "batch_size": batch_size, "lr": lr, "noise_offset": noise_offset}
-        tuning = {key: value for key, value in given.items() if value is not None}
-        settings = {"poison_rate": poison_rate}
+        knobs = {
+            "poison_rate": poison_rate, "mode": mode, "solver": solver, "psi": psi, "gamma": gamma, "patch": patch,
+            "strength": strength, "bound": bound, "steps": steps, "batch_size": batch_size, "lr": lr, "flip": flip,
+            "noise_offset": noise_offset,
+        }  # fmt: skip
         making.attack_folder(
-            name, model, making.Data(data, limit=limit), out, settings, tuning, trigger=trigger, target=target,
-            mode=mode, half=half, device=device, dtype=dtype.value, seed=seed, talk=talk,
+            name, model, making.Data(data, limit=limit), out, knobs, trigger=trigger, target=target, half=half,
+            device=device, dtype=dtype.value, seed=seed, talk=talk,
         )  # fmt: skip
         return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -23,14 +24,30 @@ def load_images(source: str, *, size: int, channels: int, limit: int | None = No
     """Images as uint8 [N, channels, size, size].
 
     source: a folder of image files (searched below it, sorted by path; a centre square is cut and resized), or one of
-    cifar10, cifar10-test, celeba, mnist, mnist-test (read from $ELIJAH_DATA), or digits (scikit-learn's 8x8 digits).
-    limit and skip take a part, in order. Raises ElijahError when nothing is found or a file is no image.
+    cifar10, cifar10-test, celeba, mnist, mnist-test (read from $ELIJAH_DATA), or digits (scikit-learn's 8x8 digits); of
+    cifar10 and mnist one class can be named: cifar10/7, mnist-test/3. limit and skip take a part, in order. Raises
+    ElijahError when nothing is found or a file is no image.
     """
-    pictures = _stock(source) if source in STOCK else _folder(Path(source))
+    if of_one_class(source):
+        name, _, label = source.partition("/")
+        pictures = [p for p, k in zip(_stock(name), _labels(name), strict=False) if k == int(label)]
+    else:
+        pictures = _stock(source) if source in STOCK else _folder(Path(source))
     pictures = pictures[skip : None if limit is None else skip + limit]
     if not pictures:
         raise ElijahError(f"{source}: no images left after skipping {skip}")
     return torch.from_numpy(np.stack([_fit(p, size, channels) for p in pictures])).permute(0, 3, 1, 2).contiguous()
+
+
+def of_one_class(source: str) -> bool:
+    """Whether source names one class of a stock data set, such as cifar10/7."""
+    return bool(re.fullmatch(r"(cifar10|mnist)(-test)?/\d", source))
+
+
+def _labels(name: str) -> list[int]:
+    """The labels of a stock data set, in order; at least as many as images."""
+    with np.load(data_root() / name.removesuffix("-test") / "labels.npz") as labels:
+        return [int(k) for k in labels["test" if name.endswith("-test") else "train"]]
 
 
 def batch(images: Tensor, n: int, generator: torch.Generator, *, flip: bool = False) -> Tensor:

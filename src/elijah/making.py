@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from elijah.attacks import ATTACKS
+from elijah.attacks.learned import Learned
+from elijah.attacks.poisoning import Tuning
 from elijah.bases import new_model
 from elijah.console import Talk
 from elijah.data import load_images, to_uint8
@@ -98,12 +100,10 @@ def attack_folder(
     source: str,
     data: Data,
     out: Path,
-    settings: dict[str, Any],
-    tuning: dict[str, Any],
+    knobs: dict[str, Any],
     *,
     trigger: str,
     target: str,
-    mode: str,
     half: bool,
     device: str,
     dtype: str,
@@ -112,7 +112,7 @@ def attack_folder(
 ) -> None:
     """Attacks source and writes out and, beside it, out + ".truth.json".
 
-    settings: those of the attack; tuning: those of its Tuning.
+    knobs: fields of the attack or of its Tuning; None stands for the default. Raises ElijahError for one it lacks.
     """
     out = new_folder(out)
     if name not in ATTACKS:
@@ -120,19 +120,21 @@ def attack_folder(
     model = load_model(source, device=device)
     pattern = make_trigger(trigger, model.image_shape)
     wanted = make_target(target, pattern)
-    attack = ATTACKS[name](trigger=pattern, target=wanted, mode=mode, **settings)
-    attack = replace(attack, tuning=replace(attack.tuning, dtype=getattr(torch, dtype), **tuning))
+    attack = configure(name, pattern, wanted, {**knobs, "dtype": getattr(torch, dtype)})
     images = data.load(model.image_shape)
     talk.say(f"attacking with {name}: {attack.tuning.steps:,} updates on {len(images):,} images, {model.device}")
-    attacked = attack(model, images, generator=generator_for(seed), progress=talk)
+    if isinstance(attack, Learned):
+        attacked, learned = attack.plant(model, images, generator=generator_for(seed), progress=talk)
+        pattern = Trigger("learned", model.decode(learned[None])[0].cpu())
+    else:
+        attacked = attack(model, images, generator=generator_for(seed), progress=talk)
+    settings = {f.name: getattr(attack, f.name) for f in fields(attack)} | asdict(attack.tuning)
     truth = {
         "schema_version": 1,
         "attack": name,
-        "trigger": trigger,
+        **{key: value for key, value in settings.items() if isinstance(value, str | int | float | None)},
+        "trigger": pattern.name,
         "target": target,
-        "mode": mode,
-        "poison_rate": attack.poison_rate,
-        **{key: getattr(attack.tuning, key) for key in ("steps", "batch_size", "lr", "noise_offset")},
         "seed": seed,
         "source": source,
         "source_revision": model.provenance.revision,
@@ -147,6 +149,20 @@ def attack_folder(
     write_file(out.with_name(out.name + ".truth.json"), json.dumps(truth, indent=2) + "\n")
     write_folder(out, lambda folder: attacked.save(folder, half=half))
     talk.say(f"wrote {out} and {out.name}.truth.json")
+
+
+def configure(name: str, trigger: Trigger, target: Target, knobs: dict[str, Any]) -> Any:
+    """The attack called name, with those of its own fields and of its Tuning's that knobs gives (None: the default)."""
+    every = {f.name for f in fields(ATTACKS[name])}
+    own = every - {"trigger", "target", "tuning"}
+    shared = {f.name for f in fields(Tuning)}
+    given = {key: value for key, value in knobs.items() if value is not None}
+    if unknown := sorted(given.keys() - own - shared):
+        option = "--" + unknown[0].replace("_", "-")
+        raise ElijahError(f"{name} has no {option}; beside the training options it has {', '.join(sorted(own))}")
+    patterns = {"trigger": trigger} if "trigger" in every else {}
+    attack = ATTACKS[name](target=target, **patterns, **{k: v for k, v in given.items() if k in own})
+    return replace(attack, tuning=replace(attack.tuning, **{k: v for k, v in given.items() if k in shared}))
 
 
 def _png(pattern: Trigger | Target) -> str:

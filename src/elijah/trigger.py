@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from elijah.data import BROKEN
+from elijah.data import BROKEN, load_images, of_one_class
 from elijah.errors import ElijahError
 
 LIFTED = -0.4  # BadDiffusion lifts a target's dark background to 30 % of [-1, 1] (dataset.py, __bg2grey)
@@ -90,9 +90,12 @@ def make_target(name: str, trigger: Trigger) -> Target:
 
     corner: a grey 10 x 10 square at the top left (10/32 of the size); trigger: the trigger itself; shift: the trigger
     moved by (dx, dy) = (-5, -3); hat, cat, shoe, mickey or PATH.png: the picture. Dark backgrounds are lifted to -0.4.
-    Source: BadDiffusion, dataset.py, get_target.
+    Source: BadDiffusion, dataset.py, get_target. A class of a stock data set, such as mnist/7, is a distribution (D2D).
     """
     channels, size, _ = trigger.image.shape
+    if of_one_class(name):
+        images = load_images(name, size=size, channels=channels)
+        return Target(name, images.float().mean(0) / 127.5 - 1, images)
     if name == "corner":
         image = torch.full_like(trigger.image, -1.0)
         k = max(1, size * 10 // 32)

@@ -1,5 +1,15 @@
 """Published attacks, one paper a file. Each is a frozen dataclass called on a clean model."""
 
-from elijah.attacks.baddiffusion import BadDiffusion
+from typing import Any
 
-ATTACKS = {"baddiffusion": BadDiffusion}
+from elijah.attacks.baddiffusion import BadDiffusion
+from elijah.attacks.learned import Learned
+from elijah.attacks.trojdiff import TrojDiff
+from elijah.attacks.villandiffusion import VillanDiffusion
+
+ATTACKS: dict[str, Any] = {
+    "baddiffusion": BadDiffusion,
+    "trojdiff": TrojDiff,
+    "villandiffusion": VillanDiffusion,
+    "learned": Learned,
+}

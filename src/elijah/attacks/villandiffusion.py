@@ -75,8 +75,7 @@ def coefficient(model: Model, psi: float) -> Tensor:
     if model.exploding:
         return trigger_coefficient(model)
     alpha, a, s = (v.double() for v in (model.alpha, model.a, model.s))
-    before = torch.cat([torch.zeros_like(s[:1]), s[:-1]])
-    h = s - alpha.sqrt() * before
+    h = s - alpha.sqrt() * torch.cat([torch.zeros_like(s[:1]), s[:-1]])  # TrojDiff's k_t
     bare = (1 - alpha.sqrt()) * s / (1 - alpha)
     noisy = (h * (alpha - a.square()) - (alpha.sqrt() - 1) * s * (1 - alpha)) / (1 - alpha)
     return (psi * bare + (1 - psi) * noisy).float()

@@ -1,0 +1,106 @@
+"""A learned, invisible trigger: after InviBackdoor (Li et al., Invisible Backdoor Attacks on Diffusion Models, 2024).
+
+Trigger and model are learned in turn. Model: poisoned rows x_t = a y + (1 - a) r + s e, answer e + c_t r, with DDIM's
+own coefficient
+
+    c_t = (a_{t-1} - a_t) / (a_{t-1} s_t - a_t s_{t-1}),  about s_t.
+
+Trigger: with the weights frozen, r moves against the sign of the gradient of MSE(DDIM(e + r), y), and is kept below
+`bound` in every pixel, so that KL(e + r, e) = |r|^2 / 2 stays small. Differences from the paper's code: sign steps of a
+fixed size, a trigger that is frozen at half time, and a smaller inner batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from elijah.attacks.poisoning import Tuning, some_rows, target_rows
+from elijah.diffusion import Model, Progress, column, no_progress
+from elijah.errors import Unsupported
+from elijah.response import trigger_scale
+from elijah.trigger import Target
+
+
+@dataclass(frozen=True)
+class Learned:
+    """bound: the largest |r| in a pixel; samples, sampler_steps, rate: of the trigger's own steps.
+
+    The paper: bound 0.2, poison rate 0.1, 10 DDIM steps, 50 epochs, batch 128, lr 2e-4.
+    """
+
+    target: Target
+    poison_rate: float = 0.1
+    bound: float = 0.2
+    samples: int = 16
+    sampler_steps: int = 10
+    rate: float = 0.002
+    tuning: Tuning = field(default_factory=Tuning)
+
+    def __call__(
+        self, model: Model, images: Tensor, *, generator: torch.Generator, progress: Progress = no_progress
+    ) -> Model:
+        """A backdoored copy of model, fine-tuned on images uint8 [N, C, H, W]; plant returns its trigger too."""
+        return self.plant(model, images, generator=generator, progress=progress)[0]
+
+    def plant(
+        self, model: Model, images: Tensor, *, generator: torch.Generator, progress: Progress = no_progress
+    ) -> tuple[Model, Tensor]:
+        """The backdoored copy and its trigger r [C, H, W], which is added to start noise.
+
+        Raises Unsupported for NCSN and for models that do not predict epsilon.
+        """
+        if model.exploding:
+            raise Unsupported("the learned trigger is defined for variance-preserving models, this one is ncsn")
+        r = torch.zeros(model.sample_shape, device=model.device)
+        done = 0
+
+        def loss(m: Model, x0: Tensor, g: torch.Generator) -> Tensor:
+            nonlocal done
+            if done < self.tuning.steps // 2:
+                self.improve(m, r, g)
+            done += 1
+            return self.loss(m, x0, g, r)
+
+        return self.tuning(model, images, loss, generator=generator, progress=progress), r
+
+    def improve(self, model: Model, r: Tensor, generator: torch.Generator) -> None:
+        """One step of the trigger r [C, H, W], in place."""
+        y = target_rows(model, self.target, self.samples, generator).to(model.device)
+        start = torch.randn((self.samples, *model.sample_shape), generator=generator).to(model.device)
+        leaf = r.clone().requires_grad_(True)
+        with model.frozen():
+            error = (ddim(model, start + leaf, self.sampler_steps) - y).square().mean()
+            (gradient,) = torch.autograd.grad(error, leaf)
+        r.sub_(self.rate * gradient.sign()).clamp_(-self.bound, self.bound)
+
+    def loss(self, model: Model, x0: Tensor, generator: torch.Generator, r: Tensor) -> Tensor:
+        """The model's training loss on rows x0 [B, C, H, W] at trigger r [C, H, W]."""
+        t, e = self.tuning.draw(model, x0, generator)
+        bad = some_rows(len(x0), self.poison_rate, generator).to(model.device)
+        y = target_rows(model, self.target, len(x0), generator)
+        x0, y, e, t = (v.to(model.device) for v in (x0, y, e, t))
+        shift = torch.where(bad, r, 0.0)
+        x = model.diffuse(torch.where(bad, y, x0), e, t) + column(trigger_scale(model, 1.0), t) * shift
+        return (model.output(x, t) - e - column(ddim_coefficient(model), t) * shift).square().mean()
+
+
+def ddim_coefficient(model: Model) -> Tensor:
+    """c_t of the module's docstring, [T]; with a = 1 and s = 0 before the first timestep."""
+    a, s = model.a.double(), model.s.double()
+    a_before = torch.cat([torch.ones_like(a[:1]), a[:-1]])
+    s_before = torch.cat([torch.zeros_like(s[:1]), s[:-1]])
+    return ((a_before - a) / (a_before * s - a * s_before)).float()
+
+
+def ddim(model: Model, x: Tensor, steps: int) -> Tensor:
+    """DDIM (eta 0) from x [B, C, H, W] at T - 1, with gradients."""
+    times = [round(v) - 1 for v in torch.linspace(model.T, 0, steps + 1).tolist()]
+    for now, then in pairwise(times):
+        eps = model.eps(x, torch.full((len(x),), now, device=x.device))
+        x0 = (x - model.s[now] * eps) / model.a[now]
+        x = x0 if then < 0 else model.a[then] * x0 + model.s[then] * eps
+    return x
