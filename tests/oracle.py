@@ -36,6 +36,7 @@ class GaussianNetwork(torch.nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         assert self.model is not None
+        t = t.long()  # Heun gives its timesteps as floats
         a, s = (v[t][:, None, None, None] for v in (self.model.a, self.model.s))
         variance = a**2 * self.s0**2 + s**2
         eps = s * (x - a * self.m) / variance

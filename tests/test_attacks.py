@@ -238,7 +238,7 @@ def test_a_distribution_of_targets_is_drawn_from(digits: torch.Tensor) -> None:
 def test_configure_sorts_the_knobs() -> None:
     made = configure("villandiffusion", TRIGGER, TARGET, {"solver": "sde", "steps": 7, "lr": None, "psi": 0.5})
     assert (made.solver, made.psi, made.tuning.steps, made.tuning.lr) == ("sde", 0.5, 7, 2e-4)
-    with pytest.raises(ElijahError, match="baddiffusion has no --solver; .* mode, poison_rate, strength"):
+    with pytest.raises(ElijahError, match=r"baddiffusion has no --solver; .* mode, poison_rate, strength"):
         configure("baddiffusion", TRIGGER, TARGET, {"solver": "sde"})
 
 
