@@ -101,6 +101,9 @@ class Hypothesis:
         return torch.sigmoid(self.v) if self.family.fits_gamma else torch.ones_like(self.v)
 
 
+Tried = tuple[Hypothesis, list[Evidence]]
+
+
 @dataclass(frozen=True)
 class LossFit:
     """The default detector. Costs are in network evaluations; the rule is judge below.
@@ -143,8 +146,10 @@ class LossFit:
                 for again in (self.refine, self.move, self.restart):
                     if fitted[0].fits == self.fires(model, fitted[0], evidence):
                         break
-                    fitted[0] = again(model, fitted[0], generator)
-                    evidence = self.test_outputs(model, fitted[0], generator, progress, self.careful_samplers)
+                    other = again(model, fitted[0], generator)
+                    shown = self.test_outputs(model, other, generator, progress, self.careful_samplers)
+                    if self.better(model, (other, shown), (fitted[0], evidence)):
+                        fitted[0], evidence = other, shown
             except OutOfBudget:
                 complete = False
         fitted.sort(key=lambda h: h.strength)
@@ -263,14 +268,14 @@ class LossFit:
         moved = [replace(h, u=h.u.roll((y * step, x * step), (-2, -1)), w=torch.zeros_like(h.w)) for y, x in places]
         best = min(moved, key=lambda m: float(objective(m.r, m.y, m.gamma, e, t)))
         with torch.enable_grad():
-            return min(h, self.refine(model, best, generator), key=lambda x: x.strength)
+            return self.refine(model, best, generator)
 
     def restart(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
         """The same family from random starts alone and with the longer fit: h may be a local minimum."""
         family = self._family(h.family.starts_as or h.family.name)
         fresh = replace(self.best_start(model, family, generator, RANDOM_STARTS), family=h.family)
         fresh.w = self.first_target(model, fresh, generator)
-        return min(h, self.refine(model, fresh, generator), key=lambda x: x.strength)
+        return self.refine(model, fresh, generator)
 
     def test_outputs(
         self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress, more: tuple[str, ...] = ()
@@ -286,6 +291,13 @@ class LossFit:
             shown.append(Evidence(sampler, with_trigger, without))
             progress("testing the outputs", k + 1, len(self.samplers) + len(more))
         return sorted(shown, key=lambda x: -pull(model, x, h.y))
+
+    def better(self, model: Model, one: Tried, other: Tried) -> bool:
+        """Of two hypotheses that fit, the one that fires more; else the one with the lower loss."""
+        if one[0].fits and other[0].fits:
+            first, second = (max(pull(model, x, h.y) for x in shown) for h, shown in (one, other))
+            return first > second
+        return one[0].strength < other[0].strength
 
     def fires(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
         """Whether some sampler shows a pull of min_pull."""
