@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import VQModel
 from safetensors.torch import load, save
 
 from elijah.bases import new_model
+from elijah.diffusion import Model
 
 Builder = Callable[[Path], Path]
 HOSTILE: dict[str, tuple[Builder, int]] = {}
@@ -27,20 +29,45 @@ HOSTILE: dict[str, tuple[Builder, int]] = {}
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SHARD_INDEX = WEIGHTS + ".index.json"
+VQVAE, VQ_WEIGHTS = "vqvae/config.json", "vqvae/diffusion_pytorch_model.safetensors"
+
+
+def autoencoder() -> VQModel:
+    """An untrained one, between grey images [1, 16, 16] and latents [3, 8, 8]."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(1)
+        network = VQModel(
+            in_channels=1,
+            out_channels=1,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            num_vq_embeddings=16,
+            norm_num_groups=4,
+            scaling_factor=0.5,
+        )
+    return network.eval().requires_grad_(False)
+
+
+def original(kind: str = "ddpm") -> Model:
+    """What sound_files(kind) holds: ddpm and ncsn for 8 x 8 grey images, ldm for latents [3, 8, 8]."""
+    ldm = kind == "ldm"
+    shape = (3, 8, 8) if ldm else (1, 8, 8)
+    return new_model(shape, seed=0, channels=(8, 8), kind=kind, autoencoder=autoencoder() if ldm else None)
 
 
 @functools.cache
-def sound_files() -> dict[str, bytes]:
-    """The files of a sound pipeline folder, 8 x 8 grey images, as relative name -> content."""
+def sound_files(kind: str = "ddpm") -> dict[str, bytes]:
+    """The files of a sound pipeline folder as relative name -> content."""
     with tempfile.TemporaryDirectory() as directory:
-        new_model((1, 8, 8), seed=0, channels=(8, 8)).save(Path(directory))
+        original(kind).save(Path(directory))
         paths = [p for p in Path(directory).rglob("*") if p.is_file()]
         return {p.relative_to(directory).as_posix(): p.read_bytes() for p in paths}
 
 
-def write_sound(folder: Path) -> Path:
+def write_sound(folder: Path, kind: str = "ddpm") -> Path:
     """A sound pipeline folder."""
-    for name, content in sound_files().items():
+    for name, content in sound_files(kind).items():
         put(folder, name, content)
     return folder
 
@@ -553,6 +580,147 @@ def build_wrong_shard_map(folder: Path) -> Path:
     return put(write_sound(folder), SHARD_INDEX, json.dumps(index).encode()).parent.parent
 
 
+# --- a variance-exploding model ---------------------------------------------------------------------------------------
+
+
+@hostile(2)
+def build_sigmas_fall(folder: Path) -> Path:
+    return edit(write_sound(folder, "ncsn"), SCHEDULER, sigma_min=380.0, sigma_max=0.01)
+
+
+@hostile(2)
+def build_sigmas_equal(folder: Path) -> Path:
+    return edit(write_sound(folder, "ncsn"), SCHEDULER, sigma_min=1.0, sigma_max=1.0 + 1e-12)
+
+
+@hostile(2)
+def build_sigma_is_text(folder: Path) -> Path:
+    return edit(write_sound(folder, "ncsn"), SCHEDULER, sigma_max="380")
+
+
+@hostile(2)
+def build_sigma_zero(folder: Path) -> Path:
+    return edit(write_sound(folder, "ncsn"), SCHEDULER, sigma_min=0)
+
+
+@hostile(2)
+def build_nan_sigma(folder: Path) -> Path:
+    return edit(write_sound(folder, "ncsn"), SCHEDULER, sigma_max=float("nan"))
+
+
+@hostile(2)
+def build_huge_correct_steps(folder: Path) -> Path:
+    return edit(write_sound(folder, "ncsn"), SCHEDULER, correct_steps=10**12)
+
+
+@hostile(2)
+def build_no_fourier_weights(folder: Path) -> Path:
+    values = load(sound_files("ncsn")[WEIGHTS])
+    del values["time_proj.weight"]
+    return put(write_sound(folder, "ncsn"), WEIGHTS, save(values)).parent.parent
+
+
+@hostile(2)
+def build_two_networks(folder: Path) -> Path:
+    return edit(write_sound(folder, "ncsn"), INDEX, model=["my_module", "UNet2DModel"])
+
+
+# --- a latent model's autoencoder -------------------------------------------------------------------------------------
+
+
+@hostile(2)
+def build_no_autoencoder(folder: Path) -> Path:
+    return edit(folder, INDEX, _class_name="LDMPipeline", vqvae=["diffusers", "VQModel"])
+
+
+@hostile(2)
+def build_no_autoencoder_entry(folder: Path) -> Path:
+    return edit(write_sound(folder, "ldm"), INDEX, vqvae=...)
+
+
+@hostile(2)
+def build_autoencoder_wrong_class(folder: Path) -> Path:
+    edit(write_sound(folder, "ldm"), INDEX, vqvae=["diffusers", "MyVQModel"])
+    return edit(folder, VQVAE, _class_name="MyVQModel")
+
+
+@hostile(2)
+def build_autoencoder_own_class(folder: Path) -> Path:
+    return edit(write_sound(folder, "ldm"), VQVAE, _class_name="Popen")
+
+
+@hostile(2)
+def build_autoencoder_nan(folder: Path) -> Path:
+    values = load(sound_files("ldm")[VQ_WEIGHTS])
+    values["quantize.embedding.weight"][0, 0] = float("nan")
+    return put(write_sound(folder, "ldm"), VQ_WEIGHTS, save(values)).parent.parent
+
+
+@hostile(2)
+def build_autoencoder_extra_tensor(folder: Path) -> Path:
+    values = load(sound_files("ldm")[VQ_WEIGHTS]) | {"loss.logvar": torch.zeros(1)}
+    return put(write_sound(folder, "ldm"), VQ_WEIGHTS, save(values)).parent.parent
+
+
+@hostile(2)
+def build_autoencoder_swapped(folder: Path) -> Path:
+    return put(write_sound(folder, "ldm"), VQ_WEIGHTS, sound_files("ldm")[WEIGHTS]).parent.parent
+
+
+@hostile(2)
+def build_autoencoder_other_latents(folder: Path) -> Path:
+    return edit(write_sound(folder, "ldm"), VQVAE, latent_channels=4)
+
+
+@hostile(2)
+def build_autoencoder_other_embedding(folder: Path) -> Path:
+    return edit(write_sound(folder, "ldm"), VQVAE, vq_embed_dim=4)
+
+
+@hostile(2)
+def build_autoencoder_other_images(folder: Path) -> Path:
+    return edit(write_sound(folder, "ldm"), VQVAE, in_channels=3)
+
+
+@hostile(2)
+def build_autoencoder_uneven(folder: Path) -> Path:
+    return edit(write_sound(folder, "ldm"), VQVAE, block_out_channels=[8] * 4)
+
+
+@hostile(2)
+def build_autoencoder_huge_channels(folder: Path) -> Path:
+    return edit(write_sound(folder, "ldm"), VQVAE, block_out_channels=[8, 2**40])
+
+
+@hostile(2)
+def build_autoencoder_huge_codebook(folder: Path) -> Path:
+    return edit(write_sound(folder, "ldm"), VQVAE, num_vq_embeddings=2**40)
+
+
+@hostile(2)
+def build_autoencoder_huge_image(folder: Path) -> Path:
+    return edit(edit(write_sound(folder, "ldm"), UNET, sample_size=1024), VQVAE, sample_size=1024)
+
+
+@hostile(2)
+def build_autoencoder_too_many_parameters(folder: Path) -> Path:
+    types = {"down_block_types": ["DownEncoderBlock2D"] * 7, "up_block_types": ["UpDecoderBlock2D"] * 7}
+    return edit(write_sound(folder, "ldm"), VQVAE, block_out_channels=[4096] * 7, layers_per_block=2, **types)
+
+
+@hostile(2)
+def build_autoencoder_no_scale(folder: Path) -> Path:
+    return edit(write_sound(folder, "ldm"), VQVAE, scaling_factor=0)
+
+
+@hostile(2)
+def build_autoencoder_link(folder: Path) -> Path:
+    outside = put(folder.parent, folder.name + ".outside", sound_files("ldm")[VQ_WEIGHTS])
+    (write_sound(folder, "ldm") / VQ_WEIGHTS).unlink()
+    (folder / VQ_WEIGHTS).symlink_to(outside)
+    return folder
+
+
 # --- sound, but of a kind that cannot be scanned ----------------------------------------------------------------------
 
 
@@ -608,18 +776,46 @@ def build_extra_stock_component(folder: Path) -> Path:
 
 
 @hostile(3)
-def build_latent(folder: Path) -> Path:
-    return edit(folder, INDEX, _class_name="LDMPipeline", vqvae=["diffusers", "VQModel"])
+def build_autoencoder_in_pixel_pipeline(folder: Path) -> Path:
+    return edit(folder, INDEX, vqvae=["diffusers", "VQModel"])
 
 
 @hostile(3)
-def build_ncsn(folder: Path) -> Path:
-    return edit(folder, INDEX, _class_name="ScoreSdeVePipeline", scheduler=["diffusers", "ScoreSdeVeScheduler"])
-
-
-@hostile(3)
-def build_ncsn_network(folder: Path) -> Path:
+def build_fourier_with_preserving_scheduler(folder: Path) -> Path:
     return edit(folder, UNET, time_embedding_type="fourier")
+
+
+@hostile(3)
+def build_positional_with_exploding_scheduler(folder: Path) -> Path:
+    return edit(write_sound(folder, "ncsn"), UNET, time_embedding_type="positional")
+
+
+@hostile(3)
+def build_exploding_scheduler_in_pixel_pipeline(folder: Path) -> Path:
+    return edit(write_sound(folder, "ncsn"), INDEX, _class_name="DDPMPipeline")
+
+
+@hostile(3)
+def build_exploding_latent(folder: Path) -> Path:
+    edit(write_sound(folder, "ldm"), INDEX, scheduler=["diffusers", "ScoreSdeVeScheduler"])
+    return put(folder, SCHEDULER, sound_files("ncsn")[SCHEDULER]).parent.parent
+
+
+@hostile(3)
+def build_autoencoder_only_pickle(folder: Path) -> Path:
+    (write_sound(folder, "ldm") / VQ_WEIGHTS).unlink()
+    return put(folder, "vqvae/diffusion_pytorch_model.bin", bomb(folder)).parent.parent
+
+
+@hostile(3)
+def build_variational_autoencoder(folder: Path) -> Path:
+    edit(write_sound(folder, "ldm"), INDEX, vqvae=["diffusers", "AutoencoderKL"])
+    return edit(folder, VQVAE, _class_name="AutoencoderKL")
+
+
+@hostile(3)
+def build_autoencoder_quantised(folder: Path) -> Path:
+    return edit(write_sound(folder, "ldm"), VQVAE, quantization_config={"quant_method": "bitsandbytes"})
 
 
 @hostile(3)

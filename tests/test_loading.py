@@ -13,17 +13,18 @@ from typing import Any
 import huggingface_hub.errors as hub
 import pytest
 import torch
-from hostile import HOSTILE, SCHEDULER, WEIGHTS, bomb, code, edit, marker, put, sound_files, tensors, write_sound
+from hostile import HOSTILE, INDEX, SCHEDULER, WEIGHTS, bomb, code, edit, marker, put, sound_files, tensors, write_sound
+from hostile import original as build_original
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
 from elijah import loading
 from elijah.allowed import HUB_FILES
-from elijah.bases import new_model
 from elijah.diffusion import Model
 from elijah.errors import ElijahError, Unsupported
 from elijah.loading import load_model
+from elijah.samplers import make_scheduler
 
 EXACT = 2e-6  # on eps: the same weights, but kernels may differ between weights with and without gradients
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -102,7 +103,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Path], float]] = {  # builder, toleran
 
 @pytest.fixture(scope="module")
 def original() -> Model:
-    return new_model((1, 8, 8), seed=0, channels=(8, 8))
+    return build_original()
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,7 @@ def test_every_allowed_scheduler_keeps_its_class_and_its_schedule(name: str, tmp
     assert type(model.scheduler) is loading.SCHEDULERS[name]
     assert torch.equal(model.scheduler.alphas_cumprod, settings.alphas_cumprod)
     assert model.scheduler.config["beta_end"] == 0.03
-    assert torch.equal(model.make_scheduler("ddim-10").alphas_cumprod, settings.alphas_cumprod)
+    assert torch.equal(make_scheduler(model.scheduler, "ddim-10").alphas_cumprod, settings.alphas_cumprod)
 
 
 def test_defaults_of_the_scheduler_class_reach_other_samplers(tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_defaults_of_the_scheduler_class_reach_other_samplers(tmp_path: Path) ->
     folder = edit(tmp_path / "model", SCHEDULER, _class_name="HeunDiscreteScheduler", beta_start=..., beta_end=...)
     edit(folder, "model_index.json", scheduler=["diffusers", "HeunDiscreteScheduler"])
     model = load_model(str(folder))
-    assert torch.equal(model.make_scheduler("ddim-10").alphas_cumprod, model.scheduler.alphas_cumprod)
+    assert torch.equal(make_scheduler(model.scheduler, "ddim-10").alphas_cumprod, model.scheduler.alphas_cumprod)
     assert model.scheduler.config["beta_start"] == 0.00085
 
 
@@ -241,6 +242,140 @@ def test_a_loaded_model_can_be_saved_and_loaded_again(tmp_path: Path, original: 
 def test_nothing_is_printed_on_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_model(str(edit(tmp_path / "model", "unet/config.json", some_unknown_key=1)))
     assert capfd.readouterr().out == ""
+
+
+# --- the other kinds --------------------------------------------------------------------------------------------------
+
+
+def answers(model: Model) -> torch.Tensor:
+    x = torch.randn(3, *model.sample_shape, generator=torch.Generator().manual_seed(1))
+    return eps(model, (x, torch.tensor([0, 500, 999])))
+
+
+def renamed(folder: Path, kind: str, subfolder: str) -> Path:
+    """The network under "model" in model_index.json, as old repositories have it; "" for the flat layout."""
+    for name, content in sound_files(kind).items():
+        put(folder, name.replace("unet/", subfolder), content)
+    return edit(folder, INDEX, unet=..., model=["diffusers", "UNet2DModel"])
+
+
+def flat_ncsn(folder: Path) -> Path:
+    """As google/ncsnpp-celebahq-256 is laid out."""
+    for name, content in sound_files("ncsn").items():
+        put(folder, name.removeprefix("unet/").removeprefix("scheduler/"), content)
+    return folder
+
+
+def without_index(folder: Path) -> Path:
+    (folder / INDEX).unlink()
+    return folder
+
+
+OTHER_KINDS: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "ncsn": ("ncsn", lambda folder: write_sound(folder, "ncsn")),
+    "ncsn_without_index": ("ncsn", lambda folder: without_index(write_sound(folder, "ncsn"))),
+    "ncsn_flat": ("ncsn", flat_ncsn),
+    "ncsn_flat_without_index": ("ncsn", lambda folder: without_index(flat_ncsn(folder))),
+    "ncsn_model": ("ncsn", lambda folder: renamed(folder, "ncsn", "model/")),
+    "ncsn_model_flat": ("ncsn", lambda folder: renamed(folder, "ncsn", "")),
+    "ldm": ("ldm", lambda folder: write_sound(folder, "ldm")),
+    "ldm_without_index": ("ldm", lambda folder: without_index(write_sound(folder, "ldm"))),
+    "ddpm_model": ("ddpm", lambda folder: renamed(folder, "ddpm", "model/")),
+}
+
+
+@pytest.mark.parametrize("layout", OTHER_KINDS)
+def test_every_kind_is_recognised_and_gives_the_same_network(layout: str, tmp_path: Path) -> None:
+    kind, build = OTHER_KINDS[layout]
+    folder = build(tmp_path / "model")
+    before, first, model = tree(tmp_path), build_original(kind), load_model(str(folder))
+    known = loading.SIGMAS if kind == "ncsn" else loading.SCHEDULE
+    assert tree(tmp_path) == before
+    assert (model.kind, model.sample_shape, model.image_shape) == (kind, first.sample_shape, first.image_shape)
+    assert torch.equal(model.s, first.s)
+    assert type(model.scheduler) is type(first.scheduler)
+    assert all(model.scheduler.config[k] == v for k, v in first.scheduler.config.items() if k in known)
+    assert torch.allclose(answers(model), answers(first), rtol=0, atol=EXACT)
+    assert not any(p.requires_grad for p in model.network.parameters())
+    assert model.provenance.notes == ()
+    assert len(model.provenance.files) == len(list(folder.rglob("*.*")))
+
+
+def test_the_autoencoder_is_loaded_frozen(tmp_path: Path) -> None:
+    model, first = load_model(str(write_sound(tmp_path / "model", "ldm"))), build_original("ldm")
+    images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    z = first.encode(images)
+    assert z.shape == (2, 3, 8, 8)
+    assert torch.allclose(model.encode(images), z, atol=EXACT)
+    assert torch.allclose(model.decode(z), first.decode(z), atol=1e-5)
+    assert not model.autoencoder.training
+    assert not any(p.requires_grad for p in model.autoencoder.parameters())
+    assert model.autoencoder.state_dict().keys() == first.autoencoder.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ncsn", "ldm"])
+def test_stock_diffusers_loads_what_a_loaded_model_saves(kind: str, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    load_model(str(write_sound(tmp_path / "model", kind))).save(tmp_path / "again")
+    stock, first = DiffusionPipeline.from_pretrained(tmp_path / "again"), build_original(kind)
+    parts = [(stock.unet, first.network)] + ([(stock.vqvae, first.autoencoder)] if kind == "ldm" else [])
+    for part, network in parts:
+        values = part.state_dict()
+        assert all(torch.equal(values[k], v) for k, v in network.state_dict().items())
+        assert len(values) == len(network.state_dict())
+    again = load_model(str(tmp_path / "again"))
+    assert again.kind == kind
+    assert torch.allclose(answers(again), answers(first), rtol=0, atol=EXACT)
+
+
+def test_the_sigmas_are_the_folders_own(tmp_path: Path) -> None:
+    folder = edit(write_sound(tmp_path / "model", "ncsn"), SCHEDULER, sigma_max=50, snr=0.2, num_train_timesteps=30)
+    model = load_model(str(edit(folder, SCHEDULER, sigma_min=..., correct_steps=2, beta_start="ignored")))
+    assert model.T == 30
+    assert [round(float(model.s[i]), 4) for i in (0, -1)] == [0.01, 50]
+    assert (model.scheduler.config["snr"], model.scheduler.config["correct_steps"]) == (0.2, 2)
+
+
+def test_the_blocks_of_ncsnpp_load(tmp_path: Path) -> None:
+    """NCSN++ with its skip connections, as google/ncsnpp-celebahq-256 has them, old names of the attention included."""
+    from diffusers import ScoreSdeVeScheduler, UNet2DModel
+
+    network = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(32, 32, 32),
+        layers_per_block=1,
+        down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"),
+        up_block_types=("SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        norm_num_groups=None,
+        attention_head_dim=None,
+        norm_eps=1e-6,
+        mid_block_scale_factor=2**0.5,
+        time_embedding_type="fourier",
+    )
+    first = Model(network.eval(), ScoreSdeVeScheduler(), (3, 16, 16), "ncsn")
+    first.save(tmp_path / "model")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    values = network.state_dict()
+    for new, name in old.items():
+        values = {k.replace(f".{new}.", f".{name}."): v for k, v in values.items()}
+    put(tmp_path / "model", WEIGHTS, save(values))
+    model = load_model(str(tmp_path / "model"))
+    assert torch.allclose(answers(model), answers(first), rtol=1e-4, atol=1e-4)
+
+
+def test_an_autoencoder_with_a_codebook_of_its_own_width_loads(tmp_path: Path) -> None:
+    """The network works on what the codebook holds, which need not be as wide as the encoder's output."""
+    from diffusers import LDMPipeline, VQModel
+
+    first = build_original("ldm")
+    fields = {**first.autoencoder.config, "latent_channels": 4, "vq_embed_dim": 3}
+    LDMPipeline(
+        vqvae=VQModel(**{k: v for k, v in fields.items() if not k.startswith("_")}),
+        unet=first.network,
+        scheduler=first.scheduler,
+    ).save_pretrained(tmp_path / "model")
+    assert load_model(str(tmp_path / "model")).encode(torch.zeros(1, 1, 16, 16)).shape == (1, 3, 8, 8)
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
@@ -285,8 +420,10 @@ def test_a_hub_id_is_downloaded(
 def test_the_hub_patterns_fetch_what_is_read_and_no_more() -> None:
     from huggingface_hub.utils import filter_repo_objects
 
-    wanted = [*sound_files(), "config.json", f"unet/{STEM}-00001-of-00002.safetensors", f"{STEM}.fp16.safetensors"]
+    wanted = [*sound_files("ldm"), "config.json", f"unet/{STEM}-00001-of-00002.safetensors", f"{STEM}.fp16.safetensors"]
+    wanted += ["model/config.json", f"model/{STEM}.safetensors", f"vqvae/{STEM}.fp16.safetensors"]
     others = [f"unet/{STEM}.bin", "pytorch_model.bin", "vae/config.json", "README.md", "a.py", "big.safetensors"]
+    others += [f"vqvae/{STEM}.bin", "vqvae/a.py", "vqvae/b.safetensors", "model/optimizer.pt", "bert/config.json"]
     assert list(filter_repo_objects(wanted + others, allow_patterns=HUB_FILES)) == wanted
 
 
@@ -307,7 +444,7 @@ def test_a_hub_model_without_safetensors_is_unsupported(tmp_path: Path, monkeypa
     snapshot = hub_cache(tmp_path)
     (snapshot / WEIGHTS).unlink()
     fake_download(monkeypatch, snapshot)
-    with pytest.raises(Unsupported, match=r"DDPMPipeline.from_pretrained.*owner/name.*use_safetensors=False"):
+    with pytest.raises(Unsupported, match=r"DiffusionPipeline.from_pretrained.*owner/name.*use_safetensors=False"):
         load_model("owner/name")
 
 
@@ -394,6 +531,22 @@ def test_a_hostile_folder_is_refused_in_one_line_and_left_alone(name: str, tmp_p
         "integer_weights": "tensor conv_in.bias is I32",
         "too_many_parameters": "more than 5000000000 parameters",
         "wrong_groups": "make no working network: .*divisible",
+        "fourier_with_preserving_scheduler": "unet/config.json: .*NCSN.* network with a DDPMScheduler cannot",
+        "positional_with_exploding_scheduler": "time_embedding_type positional: .* with a ScoreSdeVeScheduler",
+        "exploding_scheduler_in_pixel_pipeline": "ScoreSdeVeScheduler in a pipeline of kind ddpm cannot be scanned",
+        "sigmas_fall": "scheduler/scheduler_config.json: sigma_min 380.0 is not below sigma_max 0.01",
+        "sigma_is_text": "sigma_max must be a number from 1e-06 to 100000 and is 380",
+        "no_fourier_weights": "1 tensors of the network are missing: time_proj.weight",
+        "autoencoder_nan": f"vqvae/{STEM}.safetensors: tensor quantize.embedding.weight has values that are not finite",
+        "autoencoder_other_latents": "vqvae/config.json: latents of 4 channels, and the network's in_channels are 3",
+        "autoencoder_other_embedding": "vqvae/config.json: latents of 4 channels",
+        "autoencoder_too_many_parameters": "vqvae/config.json: more than 5000000000 parameters",
+        "autoencoder_huge_image": "vqvae/config.json: images of 2048 x 2048",
+        "autoencoder_only_pickle": f"vqvae/{STEM}.bin is a pickle.*VQModel.from_pretrained.*use_safetensors=False",
+        "variational_autoencoder": "AutoencoderKL, a variational autoencoder, cannot be scanned",
+        "autoencoder_wrong_class": "'?MyVQModel'? is no autoencoder class of diffusers",
+        "autoencoder_uneven": r"not an autoencoder: it goes from \[3, 8, 8\] to \[1, 32, 32\] to \[3, 8, 8\]",
+        "autoencoder_link": f"vqvae/{STEM}.safetensors: a link that leaves the folder",
         "only_pickle": f"unet/{STEM}.bin is a pickle.*UNet2DModel.from_pretrained.*use_safetensors=False",
         "image_conditioned": "out_channels 1 for in_channels 6: a network conditioned on an image cannot be scanned",
         "fifo": "unet/config.json: is missing in .*, or no regular file",
@@ -461,11 +614,12 @@ JSON = st.recursive(
 
 
 @QUICK
-@given(data=st.data())
-def test_any_value_in_any_field_is_refused_or_harmless(scratch: Path, data: st.DataObject) -> None:
-    for name, content in sound_files().items():
-        put(scratch, name, content)
-    name = data.draw(st.sampled_from([n for n in sorted(sound_files()) if n.endswith(".json")]))
-    fields = [*json.loads(sound_files()[name]), "_use_default_values", "auto_map"]
-    edit(scratch, name, **{data.draw(st.sampled_from(fields)): data.draw(JSON)})
-    refused_or_loaded(scratch)
+@given(data=st.data(), kind=st.sampled_from(["ddpm", "ncsn", "ldm"]))
+def test_any_value_in_any_field_is_refused_or_harmless(scratch: Path, data: st.DataObject, kind: str) -> None:
+    folder, sound = scratch.parent / kind, sound_files(kind)
+    for name, content in sound.items():
+        put(folder, name, content)
+    name = data.draw(st.sampled_from([n for n in sorted(sound) if n.endswith(".json")]))
+    fields = [*json.loads(sound[name]), "_use_default_values", "auto_map"]
+    edit(folder, name, **{data.draw(st.sampled_from(fields)): data.draw(JSON)})
+    refused_or_loaded(folder)

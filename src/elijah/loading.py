@@ -1,4 +1,4 @@
-"""From a folder or a hub id to a checked Model. With folder.py, the only file that opens untrusted bytes.
+"""From a folder or a hub id to a checked Model. With folder.py and weights.py, all that opens untrusted bytes.
 
 What is read: JSON and safetensors, nothing else. What is believed: nothing. The order is
 
@@ -6,8 +6,9 @@ What is read: JSON and safetensors, nothing else. What is believed: nothing. The
     2. no link leaves the folder; note what is left unopened            Folder.survey
     3. model_index.json names allowed classes only                      _read_index
     4. the noise schedule: every field typed and bounded                _read_scheduler
-    5. the network: built without memory, then run on shapes alone      _read_network
-    6. the weights: headers, names and shapes, then finite values       _read_weights
+    5. the network, and a latent model's autoencoder: built without     _read_network, _read_autoencoder
+       memory, then run on shapes alone
+    6. the weights of each: headers, names, shapes, then finite values  weights.read_weights
 
 Classes come from the tables of allowed.py, never from a name in a file. Where a folder holds several sets of weights,
 the set that stock diffusers would load is read and the others are noted. Nothing is ever written to the folder.
@@ -15,39 +16,48 @@ the set that stock diffusers would load is read and the others are noted. Nothin
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-import shlex
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from torch import Tensor
 
 from elijah.allowed import (
+    AUTOENCODERS,
     BUILD_ERRORS,
-    DTYPES,
+    EXPLODING,
     LIBRARIES,
     MAX_PARAMETERS,
+    MAX_SIDE,
     NETWORKS,
-    NEW_ATTENTION,
-    OLD_ATTENTION,
-    PICKLES,
     PIPELINES,
     REASONS,
     SAMPLER,
     SCHEDULE,
     SCHEDULERS,
-    SHARD,
-    STEM,
+    SIGMAS,
     UNET,
-    WEIGHTS,
+    VQ,
     Check,
 )
 from elijah.diffusion import Model, Provenance
-from elijah.errors import ElijahError, Unsupported
+from elijah.errors import Unsupported
 from elijah.folder import Folder, find_folder, refusal, show
+from elijah.weights import read_weights
+
+
+class Index(NamedTuple):
+    """What model_index.json says; without that file, what the layout does.
+
+    kind: ddpm, ncsn or ldm; None where only the scheduler tells. network: the network's name in the folder.
+    classes: class names of unet, scheduler and vqvae.
+    """
+
+    kind: str | None
+    network: str
+    classes: dict[str, str]
 
 
 def load_model(
@@ -69,15 +79,30 @@ def load_model(
     try:
         folder = find_folder(source, revision, offline)
         folder.survey()
-        classes = _read_index(folder)
-        scheduler = _read_scheduler(folder, classes.get("scheduler"))
-        network = _read_network(folder, classes.get("unet"), len(scheduler.alphas_cumprod))
-        network.load_state_dict(_read_weights(folder, network), assign=True)
-        provenance = Provenance(source, folder.revision, tuple(folder.files), tuple(folder.notes))
+        index = _read_index(folder)
+        scheduler = _read_scheduler(folder, index)
+        part = folder.part(index.network)
+        network = _read_network(folder, part, index.classes.get("unet"), scheduler)
         shape = _sample_shape(network.config)
-        return Model(network.eval().requires_grad_(False).to(place), scheduler, shape, "ddpm", provenance, dtype)
+        autoencoder = _read_autoencoder(folder, index.classes.get("vqvae"), shape) if index.kind == "ldm" else None
+        _fill(network, folder, part, place)
+        if autoencoder is not None:
+            _fill(autoencoder, folder, "vqvae/", place)
+        folder.note("holds other weights: not scanned", (".safetensors",))
+        provenance = Provenance(source, folder.revision, tuple(folder.files), tuple(folder.notes))
+        kind = index.kind or ("ncsn" if _explodes(scheduler) else "ddpm")
+        return Model(network, scheduler, shape, kind, provenance, dtype, autoencoder)
     except OSError as error:
         raise refusal(str(error.filename or source), f"cannot be read: {error.strerror or error}") from error
+
+
+def _fill(network: Any, folder: Folder, part: str, place: torch.device) -> None:
+    network.load_state_dict(read_weights(folder, part, network), assign=True)
+    network.eval().requires_grad_(False).to(place)
+
+
+def _explodes(scheduler: Any) -> bool:
+    return type(scheduler).__name__ in EXPLODING
 
 
 def find_device(name: str) -> torch.device:
@@ -113,12 +138,12 @@ def _is_stock(name: str) -> bool:
     return name[:1].isupper() and name in dir(diffusers)  # lists the names of lazy classes, and imports none
 
 
-def _read_index(folder: Folder) -> dict[str, str]:
-    """The class names of unet and scheduler in model_index.json; {} where there is no such file."""
+def _read_index(folder: Folder) -> Index:
+    """What model_index.json says, every class in it being an allowed one."""
     where = "model_index.json"
     if not (folder.root / where).exists():
         if folder.has("config.json") or folder.part("unet"):
-            return {}
+            return Index("ldm" if folder.part("vqvae") else None, "unet", {})
         raise refusal(folder.source, "not a diffusers model: no model_index.json, config.json or unet/")
     index = folder.read_json(where)
     entries = {k: v for k, v in index.items() if not k.startswith("_") and isinstance(v, list | dict)}
@@ -126,17 +151,24 @@ def _read_index(folder: Folder) -> dict[str, str]:
         sound = isinstance(entry, list) and len(entry) == 2 and all(e is None or isinstance(e, str) for e in entry)
         if not sound or (entry[0] is not None and entry[0] not in LIBRARIES):
             raise refusal(where, f"{show(name)} is {show(entry)}: only stock classes are allowed, custom code never")
-    _allow(index.get("_class_name"), PIPELINES, "pipeline", where)
+    kind = PIPELINES[_allow(index.get("_class_name"), tuple(PIPELINES), "pipeline", where)]
+    network = "model" if "unet" not in entries and "model" in entries else "unet"  # model: in old repositories
+    parts: dict[str, tuple[str, dict[str, Any]]] = {
+        network: ("network", NETWORKS),
+        "scheduler": ("scheduler", SCHEDULERS | EXPLODING),
+        **({"vqvae": ("autoencoder", AUTOENCODERS)} if kind == "ldm" else {}),
+    }
     for name, (library, class_name) in entries.items():
-        if name not in ("unet", "scheduler"):
+        if name not in parts:
             if class_name is not None:
                 raise refusal(where, f"a pipeline with {show(name)} cannot be scanned", Unsupported)
         elif library != "diffusers":
             raise refusal(where, f"{name} is {show([library, class_name])}: its library must be diffusers")
-    return {
-        "unet": _allow((entries.get("unet") or [None, None])[1], tuple(NETWORKS), "network", where),
-        "scheduler": _allow((entries.get("scheduler") or [None, None])[1], tuple(SCHEDULERS), "scheduler", where),
+    classes = {
+        "unet" if name == network else name: _allow((entries.get(name) or [None, None])[1], tuple(allowed), what, where)
+        for name, (what, allowed) in parts.items()
     }
+    return Index(kind, network, classes)
 
 
 def _class_name(config: dict[str, Any], indexed: str | None, allowed: tuple[str, ...], what: str, where: str) -> str:
@@ -159,11 +191,16 @@ def _take(config: dict[str, Any], fields: dict[str, Check], where: str) -> dict[
     return taken
 
 
-def _read_scheduler(folder: Folder, indexed: str | None) -> Any:
+def _read_scheduler(folder: Folder, index: Index) -> Any:
     """The folder's own scheduler, with a schedule that leaves some signal and adds some noise at every step."""
     where = folder.part("scheduler") + "scheduler_config.json"
     config = folder.read_json(where)
-    scheduler_class = SCHEDULERS[_class_name(config, indexed, tuple(SCHEDULERS), "scheduler", where)]
+    known = SCHEDULERS | EXPLODING
+    scheduler_class = known[_class_name(config, index.classes.get("scheduler"), tuple(known), "scheduler", where)]
+    exploding = scheduler_class.__name__ in EXPLODING
+    if index.kind is not None and exploding != (index.kind == "ncsn"):
+        why = f"{scheduler_class.__name__} in a pipeline of kind {index.kind} cannot be scanned"
+        raise refusal(where, why, Unsupported)
     if config.get("prediction_type") in ("sample", "flow_prediction"):
         raise refusal(where, f"prediction_type {config['prediction_type']} cannot be scanned", Unsupported)
     if config.get("variance_type") in ("learned", "learned_range"):
@@ -171,18 +208,26 @@ def _read_scheduler(folder: Folder, indexed: str | None) -> Any:
     if config.get("use_flow_sigmas"):
         raise refusal(where, "use_flow_sigmas: flow matching cannot be scanned", Unsupported)
     accepted = inspect.signature(scheduler_class.__init__).parameters
+    schedule, others = (SIGMAS, {}) if exploding else (SCHEDULE, SAMPLER)
     # The class's own defaults are spelled out: a sampler of another class, made from this config, would use its own.
-    fields = {k: accepted[k].default for k in SCHEDULE if k in accepted} | _take(config, SCHEDULE | SAMPLER, where)
-    betas = fields["trained_betas"]
+    fields = {k: accepted[k].default for k in schedule if k in accepted} | _take(config, schedule | others, where)
+    betas = fields.get("trained_betas")
     if betas is not None and len(betas) != fields["num_train_timesteps"]:
         raise refusal(where, f"{len(betas)} trained_betas for {fields['num_train_timesteps']} num_train_timesteps")
+    if exploding and not fields["sigma_min"] < fields["sigma_max"]:
+        raise refusal(where, f"sigma_min {fields['sigma_min']} is not below sigma_max {fields['sigma_max']}")
     try:
         scheduler = scheduler_class(**{k: v for k, v in fields.items() if k in accepted})
     except BUILD_ERRORS as error:
         raise refusal(where, f"{scheduler_class.__name__} refuses these settings: {show(error)}") from error
-    abar = scheduler.alphas_cumprod
-    if not (torch.isfinite(abar).all() and (abar.diff() <= 0).all() and abar[0] < 1 and abar[-2] > 0 and abar[-1] >= 0):
-        raise refusal(where, "not a noise schedule: alphas_cumprod must fall from below 1 and stay above 0")
+    if exploding:
+        rising, why = scheduler.discrete_sigmas, "the sigmas must rise from above 0"
+        sound = rising[0] > 0 and rising[-1] > rising[0]
+    else:
+        rising, why = -scheduler.alphas_cumprod, "alphas_cumprod must fall from below 1 and stay above 0"
+        sound = rising[0] > -1 and rising[-2] < 0 and rising[-1] <= 0
+    if not (sound and torch.isfinite(rising).all() and (rising.diff() >= 0).all()):
+        raise refusal(where, f"not a noise schedule: {why}")
     return scheduler
 
 
@@ -192,9 +237,9 @@ def _sample_shape(config: Any) -> tuple[int, int, int]:
     return config["in_channels"], height, width
 
 
-def _read_network(folder: Folder, indexed: str | None, timesteps: int) -> Any:
+def _read_network(folder: Folder, part: str, indexed: str | None, scheduler: Any) -> Any:
     """The network on the meta device: every shape is known and no memory is taken."""
-    where = folder.part("unet") + "config.json"
+    where = part + "config.json"
     config = folder.read_json(where)
     network_class = NETWORKS[_class_name(config, indexed, tuple(NETWORKS), "network", where)]
     _refuse_conditional(config, where)
@@ -207,105 +252,72 @@ def _read_network(folder: Folder, indexed: str | None, timesteps: int) -> Any:
         what = "a learned variance" if fields["out_channels"] == 2 * channels else "a network conditioned on an image"
         why = f"out_channels {fields['out_channels']} for in_channels {channels}: {what} cannot be scanned"
         raise refusal(where, why, Unsupported)
-    if fields.get("time_embedding_type") == "learned" and (fields.get("num_train_timesteps") or 0) < timesteps:
+    embedding = fields.get("time_embedding_type", "positional")
+    fourier, timesteps = embedding == "fourier", scheduler.config["num_train_timesteps"]
+    if fourier != _explodes(scheduler):
+        sort = "a continuous-time (NCSN)" if fourier else "a discrete-time"
+        why = f"time_embedding_type {embedding}: {sort} network with a {type(scheduler).__name__} cannot be scanned"
+        raise refusal(where, why, Unsupported)
+    if embedding == "learned" and (fields.get("num_train_timesteps") or 0) < timesteps:
         raise refusal(where, f"num_train_timesteps is less than the schedule's {timesteps}")
-    try:
-        with torch.device("meta"), torch.no_grad():
-            network = network_class(**fields).eval()
-            x = torch.empty(1, *_sample_shape(fields))
-            out = network(x, torch.zeros(1, dtype=torch.long), return_dict=False)[0]
-    except BUILD_ERRORS as error:
-        raise refusal(where, f"these settings make no working network: {show(error)}") from error
+    with _without_memory(where):
+        network = network_class(**fields).eval()
+        x = torch.empty(1, *_sample_shape(fields))
+        t = torch.ones(1, dtype=torch.float32 if fourier else torch.long)  # a sigma, or a timestep
+        out = network(x, t, return_dict=False)[0]
     if out.shape != x.shape:
         raise refusal(where, f"the network makes {list(out.shape[1:])} of {list(x.shape[1:])}")
-    if sum(p.numel() for p in network.parameters()) > MAX_PARAMETERS:
-        raise refusal(where, f"more than {MAX_PARAMETERS} parameters")
+    _refuse_huge(network, where)
     return network
 
 
+def _read_autoencoder(folder: Folder, indexed: str | None, latent_shape: tuple[int, int, int]) -> Any:
+    """The autoencoder on the meta device, whose latents are of the network's shape [C, H, W]."""
+    where = "vqvae/config.json"
+    config = folder.read_json(where)
+    network_class = AUTOENCODERS[_class_name(config, indexed, tuple(AUTOENCODERS), "autoencoder", where)]
+    _refuse_conditional(config, where)
+    fields = _take(config, VQ, where)
+    width = fields.get("vq_embed_dim") or fields.get("latent_channels", 3)
+    if width != latent_shape[0]:
+        raise refusal(where, f"latents of {width} channels, and the network's in_channels are {latent_shape[0]}")
+    with _without_memory(where):
+        network = network_class(**fields).eval()
+        latent = torch.empty(1, *latent_shape)
+        image = network.decode(latent).sample
+        again = network.encode(image).latents
+    factor = 2 ** (len(network.config["block_out_channels"]) - 1)
+    sides = [side * factor for side in latent_shape[1:]]
+    if list(image.shape[1:]) != [network.config["in_channels"], *sides] or again.shape != latent.shape:
+        shapes = " to ".join(str(list(x.shape[1:])) for x in (latent, image, again))
+        raise refusal(where, f"not an autoencoder: it goes from {shapes}")
+    if max(sides) > MAX_SIDE:
+        raise refusal(where, f"images of {sides[0]} x {sides[1]}; a side may be {MAX_SIDE}")
+    _refuse_huge(network, where)
+    return network
+
+
+@contextmanager
+def _without_memory(where: str) -> Iterator[None]:
+    """Inside, networks are built and run on the meta device; what goes wrong there is the settings' fault."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            yield
+    except BUILD_ERRORS as error:
+        raise refusal(where, f"these settings make no working network: {show(error)}") from error
+
+
+def _refuse_huge(network: Any, where: str) -> None:
+    if sum(p.numel() for p in network.parameters()) > MAX_PARAMETERS:
+        raise refusal(where, f"more than {MAX_PARAMETERS} parameters")
+
+
 def _refuse_conditional(config: dict[str, Any], where: str) -> None:
-    """Raises Unsupported for a UNet2DModel that is more than x_t, t -> noise."""
-    blocks = [config[k] for k in ("down_block_types", "up_block_types") if isinstance(config.get(k), list)]
-    skips = any(isinstance(name, str) and "Skip" in name for names in blocks for name in names)
+    """Raises Unsupported for a UNet2DModel that is more than x_t, t -> noise, and for quantised weights."""
     reasons = {
         "a class-conditional network": config.get("num_class_embeds") is not None or config.get("class_embed_type"),
         "quantised weights": config.get("quantization_config"),
-        "a continuous-time (NCSN) network": config.get("time_embedding_type") == "fourier" or skips,
     }
     for reason, found in reasons.items():
         if found:
             raise refusal(where, f"{reason} cannot be scanned", Unsupported)
-
-
-def _read_weights(folder: Folder, network: Any) -> dict[str, Tensor]:
-    """The network's weights in float32, after their names, dtypes and shapes were found to be exactly its own."""
-    part = folder.part("unet")
-    names = _weight_files(folder, part)
-    expected = {key: list(value.shape) for key, value in network.state_dict().items()}
-    homes = {name: _check_header(folder, name, expected) for name in names}
-    found = [key for keys in homes.values() for key in keys.values()]
-    if missing := sorted(expected.keys() - set(found)):
-        raise refusal(names[0], f"{len(missing)} tensors of the network are missing: {', '.join(missing[:3])}")
-    if len(found) != len(set(found)):
-        raise refusal(names[0], "a tensor occurs twice")
-    state = {}
-    for name, keys in homes.items():
-        with (folder.root / name).open("rb") as file:
-            folder.files.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
-        with folder.tensors(name) as tensors:
-            for old, key in keys.items():
-                state[key] = tensors.get_tensor(old).to(torch.float32, copy=True)
-                if not torch.isfinite(state[key]).all():
-                    raise refusal(name, f"tensor {key} has values that are not finite")
-    folder.note("holds other weights: not scanned", (".safetensors",))
-    return state
-
-
-def _weight_files(folder: Folder, part: str) -> list[str]:
-    """The safetensors files that stock diffusers would load, relative to the folder."""
-    present = [part + name for name in WEIGHTS if folder.has(part + name)]
-    if not present:
-        raise _no_weights(folder, part)
-    if present[0].endswith(".safetensors"):
-        return present[:1]
-    index = folder.read_json(present[0]).get("weight_map")
-    shards = list(index.values()) if isinstance(index, dict) else []
-    if not shards or not all(isinstance(s, str) and SHARD.fullmatch(s) for s in shards):
-        raise refusal(present[0], "weight_map must give plain names of safetensors files in the same folder")
-    return [part + shard for shard in sorted(set(shards))]
-
-
-def _no_weights(folder: Folder, part: str) -> ElijahError:
-    pickles = [
-        n for n in folder.names if n.lower().endswith(PICKLES) and (folder.root / n).parent == folder.root / part
-    ]
-    if not pickles and not folder.blobs:
-        return refusal(f"{part}{STEM}.safetensors", f"is missing in {folder.source}: no weights")
-    if folder.blobs:
-        name, where, made = "DDPMPipeline", folder.source, "DIR"
-    else:
-        name, where = "UNet2DModel", str(folder.root / part)
-        made = where
-    where, made = json.dumps(where), json.dumps(made)  # double quotes, since the shell's are single
-    call = f"{name}.from_pretrained({where}, use_safetensors=False).save_pretrained({made})"
-    command = f"python -c {shlex.quote(f'from diffusers import {name}; {call}')}"
-    what = f"{pickles[0]} is a pickle" if pickles else "no safetensors weights"
-    why = f"{what}, and opening one runs its code; to convert it, only in a sandbox: {command}"
-    return refusal(folder.source, why, Unsupported)
-
-
-def _check_header(folder: Folder, name: str, expected: dict[str, list[int]]) -> dict[str, str]:
-    """The tensors of one file: their name in it -> their name in the network. Reads the header alone."""
-    keys = {}
-    with folder.tensors(name) as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (no mapping)
-            old = OLD_ATTENTION.fullmatch(key)
-            keys[key] = new = f"{old[1]}.{NEW_ATTENTION[old[2]]}.{old[3]}" if old and key not in expected else key
-            if new not in expected:
-                raise refusal(name, f"tensor {show(key)} is not part of the network that config.json describes")
-            header = tensors.get_slice(key)
-            if header.get_dtype() not in DTYPES:
-                raise refusal(name, f"tensor {key} is {header.get_dtype()} and must be one of {', '.join(DTYPES)}")
-            if header.get_shape() != expected[new]:
-                raise refusal(name, f"tensor {key} is {show(header.get_shape())} and must be {expected[new]}")
-    return keys
