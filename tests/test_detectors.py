@@ -16,7 +16,8 @@ from torch.nn.functional import cosine_similarity
 import elijah
 from elijah.detection import Detection, Evidence
 from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit
-from elijah.detectors.lossfit import FAMILIES, VERDICTS, antithetic, loss_ratio, pull
+from elijah.detectors.hypothesis import FAMILIES, antithetic, loss_ratio
+from elijah.detectors.lossfit import VERDICTS, pull
 from elijah.diffusion import Model, generator_for
 from elijah.response import Response, trigger_coefficient
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import oracle
 
-from elijah.detectors.lossfit import FAMILIES, clean_answer
+from elijah.detectors.hypothesis import FAMILIES, clean_answer
 from elijah.diffusion import Model, generator_for
 from elijah.response import Response, poisoned, trigger_coefficient, trigger_scale
 

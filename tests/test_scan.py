@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import hashes, random_model
-from diffusers import UNet2DModel
+from diffusers import UNet2DModel, VQModel
 from safetensors.torch import save_file
 
+from elijah.bases import new_model
 from elijah.detectors import DETECTORS, Elijah, LossFit
-from elijah.errors import ElijahError
+from elijah.errors import ElijahError, Unsupported
 from elijah.report import Report
 from elijah.scan import TYPICAL_EVALUATIONS, as_dtype, scan
 
@@ -164,3 +165,12 @@ def test_a_model_of_the_usual_size_fits_in_memory(tmp_path: Path) -> None:
     scale = 1 if sys.platform != "darwin" else 1024
     assert usage.ru_maxrss / scale < ROOMY
     assert hashes(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["ncsn", "ldm"])
+def test_kinds_that_no_detector_covers_yet(kind: str) -> None:
+    network = VQModel(block_out_channels=(8,), norm_num_groups=4, mid_block_add_attention=False)
+    model = new_model((3, 8, 8), seed=0, channels=(8, 8), kind=kind, autoencoder=network if kind == "ldm" else None)
+    with pytest.raises(Unsupported, match="no detector covers it yet"):
+        scan(model)
+    assert model.meter.evaluations == 0

@@ -12,7 +12,8 @@ Notation, used in the whole package:
     r, y       a trigger and its target, in the range of x0
     evaluation one forward of the network on one sample; its backward counts two more
 
-Only this file, samplers.py, training.py, loading.py and its allowed.py and folder.py know diffusers or the hub.
+Only this file, bases.py, samplers.py, training.py, loading.py and its allowed.py, weights.py and folder.py know
+diffusers or the hub.
 """
 
 from __future__ import annotations
@@ -271,7 +272,7 @@ class Model:
 
     def clone(self) -> Model:
         """A copy with weights and a meter of its own, in training mode off and gradients on."""
-        network = copy.deepcopy(self.network).requires_grad_(True)
+        network = thaw(copy.deepcopy(self.network))
         return Model(
             network, self.scheduler, self.sample_shape, self.kind, self.provenance, self.dtype, self.autoencoder
         )
@@ -296,6 +297,13 @@ class Model:
         vp: Any = DDIMPipeline if isinstance(self.scheduler, DDIMScheduler) else DDPMPipeline
         pipeline: Any = {"ddpm": vp, "ncsn": ScoreSdeVePipeline, "ldm": LDMPipeline}[self.kind]
         pipeline(**parts).save_pretrained(directory, safe_serialization=True)
+
+
+def thaw(network: torch.nn.Module) -> torch.nn.Module:
+    """network with gradients on for all that is trained: not for the fixed frequencies of a Fourier embedding."""
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(not name.endswith("time_proj.weight"))
+    return network
 
 
 def column(values: Tensor, t: Tensor) -> Tensor:

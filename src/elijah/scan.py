@@ -14,7 +14,7 @@ from elijah.data import to_uint8
 from elijah.detection import Detection, Evidence, Finding
 from elijah.detectors import DEFAULT, DETECTORS
 from elijah.diffusion import Model, Progress, generator_for, no_progress
-from elijah.errors import ElijahError
+from elijah.errors import ElijahError, Unsupported
 from elijah.loading import load_model
 from elijah.report import (
     CostInfo,
@@ -34,6 +34,7 @@ from elijah.report import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = {"ncsn": "a variance-exploding (NCSN) model", "ldm": "a latent model"}
 TYPICAL_EVALUATIONS = {"lossfit": 17_000, "elijah": 46_000}  # of a clean model, for the estimate alone
 
 
@@ -68,6 +69,8 @@ def inspect(model: Model, settings: dict[str, Any], seed: int, progress: Progres
     detector, max_evaluations = settings["detector"], settings["max_evaluations"]
     if detector not in DETECTORS:
         raise ElijahError(f"unknown detector {detector!r}: use one of {', '.join(DETECTORS)}")
+    if model.kind != "ddpm":
+        raise Unsupported(f"{model.provenance.source}: {KINDS[model.kind]}: it loads, but no detector covers it yet")
     model.max_batch = settings["batch_size"]
     announce(model, detector, max_evaluations, progress)
     with metered(model, max_evaluations, settings["max_minutes"]):

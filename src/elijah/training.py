@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elijah.bases import new_model
 from elijah.data import batch
-from elijah.diffusion import Model, Progress, generator_for, no_progress
+from elijah.diffusion import Model, Progress, generator_for, no_progress, thaw
 from elijah.errors import ElijahError
 
 Loss = Callable[[Model, torch.Generator], Tensor]
@@ -53,7 +53,7 @@ def optimise(
     killed run resumes; deleted by the caller. stop(k, model): asked after each update, ends the run early.
     Raises ElijahError when the loss stops being finite.
     """
-    network = model.network.requires_grad_(True).train()
+    network = thaw(model.network).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=1e-6)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup, settings.steps)
     ema = EMAModel(network.parameters(), decay=settings.ema_decay) if settings.ema_decay else None

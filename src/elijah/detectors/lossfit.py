@@ -14,92 +14,27 @@ sampled from for a first y; then r, y and gamma are fitted together. Clear loser
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from elijah.detection import Detection, Evidence, Finding, Threshold
-from elijah.diffusion import Model, Progress, column, no_progress
-from elijah.errors import OutOfBudget
-from elijah.response import Response, poisoned, trigger_coefficient, trigger_scale
-
-Objective = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # (r, y, gamma, e, t) -> loss
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of responses, the share of T where it tells anything, and how its fit begins."""
-
-    name: str
-    response: Response
-    window: tuple[float, float]  # of T; the fit's timesteps
-    first_target: str  # the sampler whose outputs from e + r begin y
-    matches: str
-    max_loss_ratio: float  # the fixed rule's threshold for a loss that fits
-    max_if_fires: float  # and the laxer one for a loss whose trigger is seen to fire
-    fits_gamma: bool = False
-    starts_as: str | None = None  # the family whose starts it shares
-
-
-REACH = 1.2  # r = REACH tanh(...) cut to [-1, 1]: so that -1, the usual background, is not at infinity
-Start = tuple[float, float | None, float]
-STARTS: tuple[Start, ...] = (  # power, level and Adam's rate, in their order: flat where there is a level, else random
-    (1.5, -0.8, 0.1), (1.5, 0.8, 0.1), (1.5, None, 0.1), (0.0, None, 0.25), (1.5, None, 0.1), (0.0, None, 0.25),
-)  # fmt: skip
-
-RANDOM_STARTS = tuple(start for start in STARTS if start[1] is None)
-
-FAMILIES = (
-    Family("half", Response(1.0, 1.0), (0.4, 1.0), "ddpm-20", "BadDiffusion-like", 0.1, 0.25),
-    Family(
-        "full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", 0.25, 0.25, starts_as="zero"
-    ),
-    Family("zero", Response(0.0, 0.0, 0.7), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.05, 0.05, True),
+from elijah.detectors.hypothesis import (
+    FAMILIES,
+    RANDOM_STARTS,
+    STARTS,
+    Family,
+    Hypothesis,
+    Objective,
+    Start,
+    antithetic,
+    loss_ratio,
+    mean_residual,
+    spectrum,
 )
-
-
-@dataclass
-class Hypothesis:
-    """What is being fitted, and how well it does.
-
-    r = REACH tanh(coloured(u, power)) cut to [-1, 1], y = tanh(w), gamma = sigmoid(v).
-
-    With a power above 0, equal steps in u are large ones in the coarse structure of r and small ones in its finest.
-    Without it the search ends in pixel noise on RGB networks, whose answers to fine patterns are the least exact.
-    """
-
-    family: Family
-    power: float
-    u: Tensor
-    v: Tensor
-    w: Tensor
-    loss_ratio: float = float("inf")
-
-    @property
-    def strength(self) -> float:
-        """loss_ratio over its family's threshold: below 1 it fits."""
-        return self.loss_ratio / self.family.max_loss_ratio
-
-    @property
-    def fits(self) -> bool:
-        """Whether the attacker's loss fits by itself."""
-        return self.strength <= 1
-
-    @property
-    def r(self) -> Tensor:
-        wide = REACH * coloured(self.u, self.power).tanh()
-        return wide + (wide.clamp(-1, 1) - wide).detach()  # the cut lets gradients through
-
-    @property
-    def y(self) -> Tensor:
-        return self.w.tanh()
-
-    @property
-    def gamma(self) -> Tensor:
-        return torch.sigmoid(self.v) if self.family.fits_gamma else torch.ones_like(self.v)
-
+from elijah.diffusion import Model, Progress, no_progress
+from elijah.errors import OutOfBudget
 
 Tried = tuple[Hypothesis, list[Evidence]]
 
@@ -345,55 +280,6 @@ VERDICTS = {  # (a loss fits, the outputs fire)
     ),
     (False, False): ("clean", "no attacker's training loss fits, and the best trigger found does not fire"),
 }
-
-
-def spectrum(u: Tensor, power: float) -> Tensor:
-    """Gains 1 / f^power at the frequencies of rfft2 [H, W / 2 + 1], flat below a period of 16 pixels; mean square 1."""
-    h, w = u.shape[-2:]
-    f = (torch.fft.fftfreq(h)[:, None].square() + torch.fft.rfftfreq(w).square()).sqrt().clamp(min=1 / 16)
-    gain = f**-power
-    return (gain / gain.square().mean().sqrt()).to(u.device)
-
-
-def coloured(u: Tensor, power: float) -> Tensor:
-    """u [C, H, W] filtered by spectrum: white noise gets, with power 1.5, about the spectrum of natural images."""
-    return torch.fft.irfft2(torch.fft.rfft2(u) * spectrum(u, power), s=u.shape[-2:])
-
-
-def antithetic(model: Model, n: int, low: float, high: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """n / 2 pairs (e, -e) [n, C, H, W] at equal t [n], stratified over low T ... high T."""
-    half = n // 2
-    t = (low + (high - low) * (torch.arange(half) + torch.rand(half, generator=generator)) / half) * model.T
-    e = torch.randn((half, *model.sample_shape), generator=generator).to(model.device)
-    t = t.long().clamp(max=model.T - 1).to(model.device)
-    return torch.cat([e, -e]), torch.cat([t, t])
-
-
-def clean_answer(model: Model, response: Response, r: Tensor, gamma: Tensor, e: Tensor, t: Tensor) -> Tensor:
-    """What a clean network's answer differs by from the attacker's, [B, C, H, W]: the denominator of L."""
-    per_t = trigger_scale(model, response.psi) / model.s - response.kappa * trigger_coefficient(model)
-    return (gamma - 1) * e + column(per_t, t) * r
-
-
-def loss_ratio(model: Model, family: Family) -> Objective:
-    """L of the module's docstring."""
-
-    def objective(r: Tensor, y: Tensor, gamma: Tensor, e: Tensor, t: Tensor) -> Tensor:
-        x, answer = poisoned(model, family.response, r, y, e, t, gamma)
-        null = clean_answer(model, family.response, r, gamma, e, t)
-        return (model.eps(x, t) - answer).square().sum() / null.square().sum().clamp(min=1e-12)
-
-    return objective
-
-
-def mean_residual(model: Model, response: Response) -> Objective:
-    """|mean_b(eps - e - kappa R_t r)|^2 / |r|^2: the residual averaged over the batch, for starts at large t."""
-
-    def objective(r: Tensor, y: Tensor, gamma: Tensor, e: Tensor, t: Tensor) -> Tensor:
-        x, answer = poisoned(model, response, r, y, e, t, gamma)
-        return (model.eps(x, t) - answer).mean(0).square().sum() / r.square().sum().clamp(min=1e-12)
-
-    return objective
 
 
 def pull(model: Model, evidence: Evidence, y: Tensor) -> float:
