@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 import elijah
 from elijah.detection import Detection, Evidence
 from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit
-from elijah.detectors.hypothesis import FAMILIES, antithetic, loss_ratio
+from elijah.detectors.hypothesis import FAMILIES, REACH, Hypothesis, antithetic, loss_ratio
 from elijah.detectors.lossfit import VERDICTS, pull
 from elijah.diffusion import Model, generator_for
 from elijah.response import Response, trigger_coefficient
@@ -116,6 +116,24 @@ def test_lossfit_finds_the_true_trigger(k: int) -> None:
     assert best.target is not None and (best.target - y).square().mean() < 0.1 * y.square().mean() + 0.03
     assert best.loss_ratio < 0.2 and detection.scores["pull"] >= 0.5
     assert best.response == Response(1.0, 1.0, 1.0)
+
+
+def test_the_hypothesis_that_fires_is_the_one_that_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three that fit, the refined one has the highest loss and alone fires."""
+    model, r, y = truth(2)
+
+    def hypothesis(family: int, trigger: torch.Tensor, loss_ratio: float) -> Hypothesis:
+        u = torch.atanh((trigger / REACH).clamp(-0.8, 0.8))
+        return Hypothesis(FAMILIES[family], 0.0, u, torch.zeros(()), torch.atanh(y), loss_ratio)
+
+    def search(self: LossFit, model: Model, generator: Any, progress: Any, fitted: list[Hypothesis]) -> None:
+        fitted += [hypothesis(2, -r, 0.03), hypothesis(0, -r, 0.02)]
+
+    monkeypatch.setattr(LossFit, "search", search)
+    monkeypatch.setattr(LossFit, "refine", lambda self, *_: hypothesis(0, r, 0.09))
+    detection = LossFit()(model, generator=generator_for(0))
+    assert detection.findings[0].loss_ratio == 0.09 and alike(detection.findings[0].trigger, r) > 0.9
+    assert detection.verdict == "backdoored" and detection.scores["pull"] > 0.3
 
 
 @pytest.mark.parametrize(("seed", "s0"), [(0, 0.5), (1, 0.3), (2, 0.8)])

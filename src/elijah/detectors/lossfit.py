@@ -87,7 +87,8 @@ class LossFit:
                         fitted[0], evidence = other, shown
             except OutOfBudget:
                 complete = False
-        fitted.sort(key=lambda h: h.strength)
+        if not evidence:  # else the first is what the evidence is of
+            fitted.sort(key=lambda h: h.strength)
         return self.judge(model, fitted, evidence, complete)
 
     def search(self, model: Model, generator: torch.Generator, progress: Progress, fitted: list[Hypothesis]) -> None:
