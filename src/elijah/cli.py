@@ -48,6 +48,12 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Kind(StrEnum):
+    ddpm = "ddpm"
+    ncsn = "ncsn"
+    ldm = "ldm"
+
+
 class Prediction(StrEnum):
     """What a new network is trained to predict."""
 
@@ -204,6 +210,8 @@ def train(
     noise_offset: OffsetOption = 0.0,
     start: Annotated[str | None, typer.Option("--from", metavar="MODEL", help="Go on from this pipeline.")] = None,
     prediction: Annotated[Prediction | None, typer.Option(help="epsilon, or that of --from.")] = None,
+    kind: Annotated[Kind, typer.Option(help="ncsn: variance-exploding; ldm: latent, with an autoencoder.")] = Kind.ddpm,
+    autoencoder_steps: Annotated[int, typer.Option(min=1, help="Updates of the autoencoder of a latent model.")] = 2000,
     limit: LimitOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from DIR.ckpt, which a killed run left.")] = False,
     half: HalfOption = False,
@@ -216,13 +224,16 @@ def train(
     """Train a clean base on images, or go on from a pipeline; writes a stock diffusers folder."""
     if start is not None and prediction is not None:
         raise typer.BadParameter("--prediction is for a new network; with --from it stays that of the pipeline")
+    if start is not None and kind != Kind.ddpm:
+        raise typer.BadParameter("--kind is for a new network; with --from it stays that of the pipeline")
 
     def body(talk: Talk) -> int:
         from elijah import making
 
         settings: dict[str, Any] = {"steps": steps, "lr": lr, "ema_decay": ema or None}
         making.train_folder(
-            making.Data(data, size, channels, limit), out, settings, start=start, batch_size=batch_size, flip=flip,
+            making.Data(data, size, channels, limit), out, settings, start=start, kind=kind.value,
+            autoencoder_steps=autoencoder_steps, batch_size=batch_size, flip=flip,
             noise_offset=noise_offset, prediction=(prediction or Prediction.epsilon).value, resume=resume, half=half,
             device=device, dtype=dtype.value, seed=seed, talk=talk,
         )  # fmt: skip

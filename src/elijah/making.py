@@ -13,10 +13,10 @@ from torch import Tensor
 from elijah.attacks import ATTACKS
 from elijah.attacks.learned import Learned
 from elijah.attacks.poisoning import Tuning
-from elijah.bases import new_model
+from elijah.bases import new_model, train_autoencoder
 from elijah.console import Talk
 from elijah.data import load_images, to_uint8
-from elijah.diffusion import generator_for
+from elijah.diffusion import Model, generator_for
 from elijah.errors import ElijahError
 from elijah.files import new_folder, write_file, write_folder
 from elijah.loading import find_device, load_model
@@ -48,6 +48,8 @@ def train_folder(
     settings: dict[str, Any],
     *,
     start: str | None,
+    kind: str,
+    autoencoder_steps: int,
     batch_size: int,
     flip: bool,
     noise_offset: float,
@@ -68,10 +70,11 @@ def train_folder(
         raise ElijahError(f"{checkpoint}: left by a run that did not end; pass --resume to go on, or delete it")
     if start:
         base = load_model(start, device=device)
+        images = data.load(base.image_shape)
     else:
-        base = new_model((data.channels or 3, data.size or 32, data.size or 32), seed=seed, prediction=prediction)
-        base.network.to(find_device(device))
-    images = data.load(base.image_shape)
+        image_shape = (data.channels or 3, data.size or 32, data.size or 32)
+        images = data.load(image_shape)
+        base = fresh_model(kind, images, autoencoder_steps, prediction, find_device(device), seed, talk)
     talk.say(f"training {base.parameters:,} parameters on {len(images):,} images, {base.device}")
     try:
         trained = train(
@@ -93,6 +96,24 @@ def train_folder(
     write_folder(out, lambda folder: trained.save(folder, half=half))
     checkpoint.unlink(missing_ok=True)
     talk.say(f"wrote {out}")
+
+
+def fresh_model(
+    kind: str, images: Tensor, autoencoder_steps: int, prediction: str, device: torch.device, seed: int, talk: Talk
+) -> Model:
+    """An untrained model for images uint8 [N, C, H, W]; a latent one with an autoencoder trained on them first."""
+    if kind != "ldm":
+        model = new_model((images.shape[1], *images.shape[2:]), seed=seed, prediction=prediction, kind=kind)
+    else:
+        if images.shape[-1] % 16:
+            raise ElijahError("--kind ldm: --size must be a multiple of 16, since latents are a quarter as wide")
+        talk.say(f"training an autoencoder: {autoencoder_steps:,} updates")
+        autoencoder = train_autoencoder(images, steps=autoencoder_steps, seed=seed, progress=talk)
+        side = images.shape[-1] // 4
+        model = new_model((3, side, side), seed=seed, prediction=prediction, kind=kind, autoencoder=autoencoder)
+        model.autoencoder.to(device)
+    model.network.to(device)
+    return model
 
 
 def attack_folder(
