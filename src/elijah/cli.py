@@ -343,6 +343,67 @@ def demo(out: OutOption, quiet: QuietOption = False, verbose: VerboseOption = Fa
     run(body, quiet=quiet, verbose=verbose, offline=True)
 
 
+zoo_app = typer.Typer(no_args_is_help=True, help="Build and judge many models, from a manifest.")
+app.add_typer(zoo_app, name="zoo")
+ManifestArgument = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A TOML file; see docs/zoo.md.")]
+ZooOutOption = Annotated[Path, typer.Option(metavar="DIR", help="One JSON file a model goes here.")]
+CacheOption = Annotated[Path, typer.Option(metavar="DIR", help="Weights and logs; may be deleted.")]
+DetectorsOption = Annotated[list[str] | None, typer.Option("--detector", help="Scan every model with it; repeatable.")]
+
+
+@zoo_app.command("run")
+def zoo_run(
+    manifest: ManifestArgument,
+    out: ZooOutOption,
+    cache: CacheOption = Path("cache"),
+    workers: Annotated[int, typer.Option(min=1, help="Jobs at a time, one thread each.")] = 1,
+    detector: DetectorsOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Build what has no result yet; a run that was stopped goes on. Exits 2 when a job failed twice."""
+
+    def body(talk: Talk) -> int:
+        from elijah.errors import ElijahError
+        from elijah.runner import run_zoo
+        from elijah.zoo import read_manifest
+
+        read = read_manifest(manifest)
+        places = {"out": out, "cache": cache / read.name}
+        failed = run_zoo(manifest, read, **places, workers=workers, detectors=detector or [], progress=talk)
+        if failed:
+            raise ElijahError(f"{len(failed)} jobs failed, such as {failed[0]}: see {out / failed[0]}.failed.json")
+        talk.say(f"all {len(read.base) + len(read.entries())} models have a result in {out}")
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@zoo_app.command("job")
+def zoo_job(
+    manifest: ManifestArgument,
+    name: Annotated[str, typer.Argument(metavar="ID", help="A base or a model of the manifest.")],
+    out: ZooOutOption,
+    cache: CacheOption = Path("cache"),
+    detector: DetectorsOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Build and judge one model; what `zoo run` starts."""
+
+    def body(talk: Talk) -> int:
+        from elijah.errors import ElijahError
+        from elijah.zoo import read_manifest, run_job
+
+        read = read_manifest(manifest)
+        if name not in [b.id for b in read.base] + [e.id for e in read.entries()]:
+            raise ElijahError(f"{manifest}: has no model {name}")
+        run_job(read, name, cache, out, detector or [])
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     try:

@@ -148,6 +148,8 @@ class LossFit:
         self, model: Model, h: Hypothesis, objective: Objective, generator: torch.Generator,
         iterations: int, batch: int, lr: float, *, joint: bool = False,
     ) -> None:  # fmt: skip
+        for name in ("u", "v", "w"):  # copies: other hypotheses may share these tensors
+            setattr(h, name, getattr(h, name).clone())
         leaves = [h.u, h.w, h.v] if joint else [h.u, h.v]
         for leaf in leaves:
             leaf.requires_grad_(True)
