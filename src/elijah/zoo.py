@@ -143,6 +143,8 @@ def check(manifest: Manifest, path: Path) -> None:
     for entry in entries:
         if entry.base not in bases or bases[entry.base].part != entry.part:
             raise ElijahError(f"{path}: {entry.id}: no base {entry.base} in its part, {entry.part}")
+        if bases[entry.base].kind == "ldm":
+            raise ElijahError(f"{path}: {entry.id}: latent bases are not supported yet")
         if entry.attack not in (*ATTACKS, "clean"):
             raise ElijahError(f"{path}: {entry.id}: unknown attack {entry.attack!r}")
     for what in ("base", "trigger", "target", "seed"):
