@@ -56,7 +56,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> Verdicts:
         monkeypatch.setattr(cleaning, "inspect", inspect)
         return seeds
 
-    monkeypatch.setattr(cleaning, "SAMPLER", "ddim-2")
+    monkeypatch.setattr(Model, "quick_sampler", "ddim-2")
     monkeypatch.setitem(REPAIRS, "unshift", functools.partial(Unshift, steps=2, batch_size=2))
     monkeypatch.setitem(REPAIRS, "elijah", functools.partial(Elijah, steps=2, batch_size=2))
     return install

@@ -49,8 +49,10 @@ def commands(page: Path) -> list[list[str]]:
 
 @functools.cache
 def help_text(name: str) -> str:
+    """The help of a command, or of a group's command such as "zoo run"."""
     done = subprocess.run(
-        [sys.executable, "-m", "elijah", name, "--help"], check=False, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-m", "elijah", *name.split(), "--help"],
+        check=False, capture_output=True, text=True, timeout=60,
         env=os.environ | {"COLUMNS": "200"},
     )  # fmt: skip
     assert done.returncode == 0, f"elijah {name}: {done.stderr}"
@@ -63,11 +65,12 @@ def test_every_command_parses(page: Path) -> None:
     for words in commands(page):
         if words[:1] in (["--help"], ["--version"]):
             continue
-        name, rest = words[0], words[1:]
+        command, name, rest = program.commands[words[0]], words[0], words[1:]  # type: ignore[attr-defined]
+        if hasattr(command, "commands"):
+            command, name, rest = command.commands[rest[0]], f"{name} {rest[0]}", rest[1:]
         shown = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", help_text(name)))
         used = {w.split("=")[0] for w in rest if re.match(r"--?[a-z]", w)}
         assert used <= shown, f"{page.name}: elijah {shlex.join(words)}: no such option: {sorted(used - shown)}"
-        command = program.commands[name]  # type: ignore[attr-defined]
         if "--help" not in rest:
             command.make_context(name, list(rest))  # raises for wrong values and missing arguments; runs nothing
 
