@@ -33,8 +33,6 @@ from torch import Tensor
 from elijah.errors import OutOfBudget
 from elijah.samplers import correct, make_scheduler
 
-LATENT_BOUND = 4.0  # in a latent's own standard deviations, about
-
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
@@ -124,11 +122,6 @@ class Model:
     def quick_sampler(self) -> str:
         """A sampler that is good enough to look at images with."""
         return "pc-100" if self.exploding else "ddim-20"
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Between which values an image or a target may lie, in x's own range."""
-        return {"ddpm": (-1.0, 1.0), "ncsn": (0.0, 1.0), "ldm": (-LATENT_BOUND, LATENT_BOUND)}[self.kind]
 
     @property
     def T(self) -> int:

@@ -7,6 +7,7 @@ taken from the model's folder, so a name means the same for every model.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import diffusers
@@ -75,6 +76,11 @@ def make_scheduler(own: Any, sampler: str) -> Any:
     scheduler = SAMPLERS[name].scheduler.from_config(settings)
     scheduler.set_timesteps(int(steps))
     return scheduler
+
+
+def evenly(timesteps: int, steps: int) -> list[tuple[int, int]]:
+    """The steps (now, then) from T - 1 down to -1, the image, in "trailing" spacing."""
+    return list(pairwise(round(v) - 1 for v in torch.linspace(timesteps, 0, steps + 1).tolist()))
 
 
 def correct(scheduler: Any, score: Tensor, x: Tensor, generators: list[torch.Generator]) -> Tensor:

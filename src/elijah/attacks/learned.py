@@ -13,7 +13,6 @@ fixed size, a trigger that is frozen at half time, and a smaller inner batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from elijah.attacks.poisoning import Tuning, some_rows, target_rows
 from elijah.diffusion import Model, Progress, column, no_progress
 from elijah.errors import Unsupported
 from elijah.response import trigger_scale
+from elijah.samplers import evenly
 from elijah.trigger import Target
 
 
@@ -56,13 +56,10 @@ class Learned:
         if model.exploding:
             raise Unsupported("the learned trigger is defined for variance-preserving models, this one is ncsn")
         r = torch.zeros(model.sample_shape, device=model.device)
-        done = 0
 
         def loss(m: Model, x0: Tensor, g: torch.Generator) -> Tensor:
-            nonlocal done
-            if done < self.tuning.steps // 2:
+            if m.updates < self.tuning.steps // 2:
                 self.improve(m, r, g)
-            done += 1
             return self.loss(m, x0, g, r)
 
         return self.tuning(model, images, loss, generator=generator, progress=progress), r
@@ -98,8 +95,7 @@ def ddim_coefficient(model: Model) -> Tensor:
 
 def ddim(model: Model, x: Tensor, steps: int) -> Tensor:
     """DDIM (eta 0) from x [B, C, H, W] at T - 1, with gradients."""
-    times = [round(v) - 1 for v in torch.linspace(model.T, 0, steps + 1).tolist()]
-    for now, then in pairwise(times):
+    for now, then in evenly(model.T, steps):
         eps = model.eps(x, torch.full((len(x),), now, device=x.device))
         x0 = (x - model.s[now] * eps) / model.a[now]
         x = x0 if then < 0 else model.a[then] * x0 + model.s[then] * eps

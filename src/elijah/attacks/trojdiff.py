@@ -12,14 +12,14 @@ authors do takes the trigger out step by step (reverse, below); stock samplers d
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from elijah.attacks.poisoning import Tuning, some_rows, target_rows
-from elijah.diffusion import Model, Progress, generator_for, hash_seed, no_progress
+from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError, Unsupported
+from elijah.samplers import evenly
 from elijah.trigger import Target, Trigger
 
 
@@ -27,8 +27,8 @@ from elijah.trigger import Target, Trigger
 class TrojDiff:
     """gamma: 0.6 for the blend trigger, 0.1 with a patch. patch: its side in pixels; None blends the whole image.
 
-    target.images makes it a distribution (D2D). The paper: Adam 2e-4, EMA 0.9999, 100k steps, 10 % target rows;
-    Hello Kitty for blend; white, side 3 (CIFAR-10) or 6 (CelebA 64 x 64), for patch.
+    target.images makes it a distribution (D2D). The paper: Adam 2e-4, EMA 0.9999 (none here), 100k steps, 10 % target
+    rows; Hello Kitty for blend; white, side 3 (CIFAR-10) or 6 (CelebA 64 x 64), for patch.
     """
 
     trigger: Trigger
@@ -90,9 +90,8 @@ class TrojDiff:
         whoever holds the trigger: for measuring an attack, never for a defence.
         """
         x, mu, gamma = self.start(e), self.mu.to(e.device), self.spread.to(e.device)
-        times = [round(v) - 1 for v in torch.linspace(model.T, 0, steps + 1).tolist()]
-        generators = [generator_for(hash_seed(seed, i)) for i in range(len(e))]
-        for now, then in pairwise(times):
+        generators = [generator_for(seed, i) for i in range(len(e))]
+        for now, then in evenly(model.T, steps):
             eps = model.eps(x, torch.full((len(x),), now, device=x.device))
             x = reverse_step(model, x, eps, now, then, mu, gamma, generators if stochastic else None)
         return x

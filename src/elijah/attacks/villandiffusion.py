@@ -76,6 +76,5 @@ def coefficient(model: Model, psi: float) -> Tensor:
         return trigger_coefficient(model)
     alpha, a, s = (v.double() for v in (model.alpha, model.a, model.s))
     h = s - alpha.sqrt() * torch.cat([torch.zeros_like(s[:1]), s[:-1]])  # TrojDiff's k_t
-    bare = (1 - alpha.sqrt()) * s / (1 - alpha)
     noisy = (h * (alpha - a.square()) - (alpha.sqrt() - 1) * s * (1 - alpha)) / (1 - alpha)
-    return (psi * bare + (1 - psi) * noisy).float()
+    return (psi * trigger_coefficient(model) + (1 - psi) * noisy).float()

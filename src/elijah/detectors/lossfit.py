@@ -8,13 +8,14 @@ which the attacker's loss is nearly zero; a clean network calls the whole shift 
 is near 1 on a clean network and near 0 at a backdoor. Minimising L inverts trigger and target together and names the
 family. The second, independent evidence is what the outputs say: sampled from e + r, do they move onto y?
 
-The search, family by family: a few random starts look at large t alone, where y plays no part; the best start is
-sampled from for a first y; then r, y and gamma are fitted together. Clear losers and clear winners stop early.
+The search, family by family: flat, coarse and fine starts look at large t alone, where y plays no part, and more of
+them where loss and outputs disagree; the best start is sampled from for a first y; then r, y and gamma are fitted
+together. Clear losers and clear winners stop early.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class LossFit:
     samplers: tuple[str, ...] = ("ddpm-20", "ddim-10")
     careful_samplers: tuple[str, ...] = ("ddpm-100", "ddim-50")
     min_pull: float = 0.3
-    families: tuple[Family, ...] = field(default=FAMILIES)
+    families: tuple[Family, ...] = FAMILIES
 
     def __call__(self, model: Model, *, generator: torch.Generator, progress: Progress = no_progress) -> Detection:
         """Inverts, tests the outputs of the best hypothesis, and applies the rule. Stops at the model's limits."""
