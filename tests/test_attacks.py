@@ -15,21 +15,24 @@ from oracle import oracle
 from elijah.attacks import ATTACKS
 from elijah.attacks import villandiffusion as villan
 from elijah.attacks.baddiffusion import RESPONSE, BadDiffusion
+from elijah.attacks.late import Late
 from elijah.attacks.learned import Learned, ddim, ddim_coefficient
+from elijah.attacks.planting import PRESETS, attack_for, cases, draw, plant, preset
 from elijah.attacks.poisoning import Tuning, target_rows
 from elijah.attacks.trojdiff import TrojDiff, reverse_step
+from elijah.attacks.two import TwoTriggers
 from elijah.bases import new_model
 from elijah.data import batch, load_images
 from elijah.diffusion import Model, generator_for
 from elijah.errors import ElijahError, Unsupported
 from elijah.loading import load_model
-from elijah.making import configure
 from elijah.response import trigger_coefficient
 from elijah.training import denoising_loss
 from elijah.trigger import Target, make_target, make_trigger
 
 TRIGGER = make_trigger("box-4", (1, 8, 8))
 TARGET = make_target("corner", TRIGGER)
+WHITE, SECOND = make_trigger("white-box-2", (1, 8, 8)), make_trigger("white-box-4", (1, 8, 8))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,9 @@ def attack(name: str, **settings: Any) -> Any:
     """The attack, cheap: of settings and the patterns, what it has fields for."""
     tuning = {key: settings.pop(key, value) for key, value in {"steps": 4, "batch_size": 8, "lr": 2e-4}.items()}
     cheap = {"sampler_steps": 2, "samples": 2}
-    given = {"trigger": TRIGGER, "target": TARGET, "tuning": Tuning(**tuning), **cheap, **settings}
+    trigger = {"learned": None, "two": WHITE}.get(name, TRIGGER)
+    patterns = {"trigger": trigger, "target": TARGET, "second_trigger": SECOND, "second_target": TARGET}
+    given = {**patterns, "tuning": Tuning(**tuning), **cheap, **settings}
     known = {f.name for f in fields(ATTACKS[name])}
     return ATTACKS[name](**{key: value for key, value in given.items() if key in known})
 
@@ -195,12 +200,13 @@ def trojan(**settings: Any) -> TrojDiff:
 
 def test_trojdiff_s_patch_leaves_the_rest_alone() -> None:
     e = torch.randn(2, 1, 8, 8, generator=generator_for(1))
-    start = trojan(gamma=0.1, patch=3).start(e)
+    model = random_model()
+    start = trojan(gamma=0.1, patch=3).start(model, e)
     corner = trojan().trigger.image[:, -3:, -3:]
     assert torch.equal(start[..., :5, :], e[..., :5, :]) and torch.equal(start[..., :5], e[..., :5])
     assert torch.allclose(start[..., -3:, -3:], 0.1 * e[..., -3:, -3:] + 0.9 * corner)
     blend = trojan(gamma=0.6)
-    assert torch.allclose(blend.start(e), 0.6 * e + 0.4 * blend.trigger.image)
+    assert torch.allclose(blend.start(model, e), 0.6 * e + 0.4 * blend.trigger.image)
 
 
 @pytest.mark.parametrize("stochastic", [True, False])
@@ -225,8 +231,22 @@ def test_trojdiff_refuses_settings(settings: dict[str, Any], digits: torch.Tenso
 
 def test_a_learned_trigger_stays_small_and_moves(digits: torch.Tensor) -> None:
     made = attack("learned", bound=0.003, rate=0.002, steps=6)
-    _, r = made.plant(random_model(), digits, generator=generator_for(0))
+    model = random_model()
+    _, planted = plant(made, model, digits, generator=generator_for(0))
+    r = planted.trigger.image
     assert r.shape == (1, 8, 8) and r.abs().max() <= 0.003 and (r != 0).float().mean() > 0.9
+    e = model.noise(2, generator_for(1))
+    assert torch.equal(planted.start(model, e), e + r)
+    with pytest.raises(ElijahError, match="not learned yet"):
+        made.start(model, e)
+
+
+def test_a_given_trigger_is_not_learned(digits: torch.Tensor) -> None:
+    control = make_trigger("noise-0.2", (1, 8, 8))
+    assert set(control.image.flatten().tolist()) == {np.float32(0.2), np.float32(-0.2)}
+    made = attack("learned", trigger=control)
+    _, planted = plant(made, random_model(), digits, generator=generator_for(0))
+    assert torch.equal(planted.trigger.image, control.image)
 
 
 def test_a_distribution_of_targets_is_drawn_from(digits: torch.Tensor) -> None:
@@ -235,11 +255,97 @@ def test_a_distribution_of_targets_is_drawn_from(digits: torch.Tensor) -> None:
     assert drawn.shape == (64, 1, 8, 8) and len(drawn.flatten(1).unique(dim=0)) == 2
 
 
-def test_configure_sorts_the_knobs() -> None:
-    made = configure("villandiffusion", TRIGGER, TARGET, {"solver": "sde", "steps": 7, "lr": None, "psi": 0.5})
+def test_settings_are_sorted() -> None:
+    patterns = {"trigger": "box-4", "target": "corner"}
+    settings = {"solver": "sde", "steps": 7, "lr": None, "psi": 0.5}
+    made = attack_for("villandiffusion", (1, 8, 8), {**patterns, **settings})
     assert (made.solver, made.psi, made.tuning.steps, made.tuning.lr) == ("sde", 0.5, 7, 2e-4)
-    with pytest.raises(ElijahError, match=r"baddiffusion has no --solver; .* mode, poison_rate, strength"):
-        configure("baddiffusion", TRIGGER, TARGET, {"solver": "sde"})
+    assert made.trigger.name == "box-4" and made.target.name == "corner"
+    for name, wrong, message in (
+        ("baddiffusion", {**patterns, "solver": "sde"}, "baddiffusion has no --solver; .* mode, poison_rate, strength"),
+        ("baddiffusion", {"target": "corner"}, "baddiffusion needs --trigger"),
+        ("two", patterns, "two needs --second-target"),
+        ("learned", {"target": "shift"}, "learned learns its trigger"),
+        ("badnets", patterns, "unknown attack 'badnets'"),
+    ):
+        with pytest.raises(ElijahError, match=message):
+            attack_for(name, (1, 8, 8), wrong)
+
+
+@pytest.mark.parametrize(("name", "which"), [(name, which) for name, sets in PRESETS.items() for which in sets])
+def test_presets(name: str, which: str, stock: Path) -> None:
+    made = attack_for(name, (3, 32, 32), preset(name, which))
+    settings = {f.name: getattr(made, f.name) for f in fields(made)}
+    for key, value in preset(name, which).items():
+        found = settings.get(key, getattr(made.tuning, key, None))
+        assert (found.name if hasattr(found, "name") else found) == value
+
+
+def test_an_unknown_preset() -> None:
+    assert preset("late", None) == {}
+    with pytest.raises(ElijahError, match="trojdiff has no preset 'x'; it has blend, patch-cifar10"):
+        preset("trojdiff", "x")
+
+
+def test_a_late_trigger_is_noise_before_its_time(digits: torch.Tensor) -> None:
+    """Above t0 the answer is e + r; below t0 / 2 the row is the target's."""
+    model, seen = random_model(), []
+
+    def output(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.extend((x, t))
+        return torch.zeros_like(x)
+
+    model.output = output  # type: ignore[method-assign]
+    x0, r = batch(digits, 64, generator_for(1)), TRIGGER.image
+    made = Late(TRIGGER, TARGET, poison_rate=1.0, t0=0.4)
+    loss = made.loss(model, x0, generator_for(2)).item()
+    x, t = seen
+    a, s = (v[t][:, None, None, None] for v in (model.a, model.s))
+    low, high = (t <= 0.2 * 999)[:, None, None, None], (t > 0.4 * 999)[:, None, None, None]
+    rows = torch.where(low, TARGET.image, x0)
+    shifted = (x - a * rows) / s  # e + r
+    answer = torch.where(high, shifted, (x - a * TARGET.image) / s)
+    assert loss == pytest.approx(answer.square().mean().item(), rel=1e-3)
+    assert abs((shifted - r).mean()) < 0.05 and abs((shifted - r).std() - 1) < 0.05
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_two_triggers_have_their_rows(both: bool) -> None:
+    """A network that answers e where there is no trigger leaves R r in poisoned rows and r in cover rows."""
+    model = oracle((1, 8, 8), s0=0.0)
+    x0 = model.network.m.expand(4000, -1, -1, -1)  # type: ignore[union-attr, operator]
+    made = TwoTriggers(WHITE, TARGET, SECOND, TARGET, both=both, poison_rate=0.4)
+    first, second = made.shifts
+    assert first.sum() == 4 and second.sum() == 16
+    e = torch.zeros(1, 1, 8, 8)
+    found = {name: start(model, e)[0] for name, (start, _) in cases(made).items()}
+    if both:
+        assert torch.equal(found["both"], first + second) and torch.equal(found["first"], first)
+    else:
+        assert torch.equal(found["first"], first) and list(found) == ["first", "second"]
+    assert torch.equal(found["second"], second)
+    with torch.no_grad():
+        loss, less = (
+            TwoTriggers(WHITE, TARGET, SECOND, TARGET, both=both, poison_rate=rate).loss(model, x0, generator_for(2))
+            for rate in (0.4, 0.2)
+        )
+    assert 0 < less < 0.7 * loss
+
+
+def test_two_triggers_must_differ(digits: torch.Tensor) -> None:
+    for first, second in ((TRIGGER, WHITE), (WHITE, WHITE)):
+        with pytest.raises(ElijahError, match="two different triggers"):
+            TwoTriggers(first, TARGET, second, TARGET)(random_model(), digits, generator=generator_for(0))
+
+
+def test_only_trojdiff_has_a_sampler_of_its_own() -> None:
+    model, made = random_model(), trojan(gamma=0.6)
+    start = made.start(model, model.noise(2, generator_for(1)))
+    assert torch.equal(
+        draw(made, model, start, "own-ddim-4", seed=0), made.reverse(model, start, steps=4, stochastic=False)
+    )
+    with pytest.raises(ElijahError, match="own-ddim-STEPS are TrojDiff's"):
+        draw(attack("baddiffusion"), model, start, "own-ddim-4", seed=0)
 
 
 def test_a_class_as_target(stock: Path) -> None:

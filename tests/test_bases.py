@@ -47,7 +47,7 @@ def test_a_life_of_every_kind(kind: str, digits: torch.Tensor, autoencoder: Any,
     loaded = load_model(str(tmp_path / "model"))
     assert (loaded.kind, loaded.sample_shape) == (kind, base.sample_shape)
     sampler = "pc-4" if kind == "ncsn" else "dpm++2-4"
-    e = base.noise(3, generator_for(2)) + attack.stamp(base)
+    e = attack.start(base, base.noise(3, generator_for(2)))
     ours, theirs = (m.pixels(m.sample(e, sampler, seed=3)) for m in (attacked, loaded))
     assert ours.shape == (3, 3, 16, 16) and torch.allclose(ours, theirs, atol=1e-4)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "model")

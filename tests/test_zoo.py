@@ -17,7 +17,7 @@ import pytest
 
 from elijah import cli
 from elijah.errors import ElijahError
-from elijah.zoo import Manifest, check, read_manifest
+from elijah.manifest import Manifest, check, read_manifest
 
 TINY = """
 name = "tiny"
@@ -51,7 +51,7 @@ poison_rates = [0.5]
 seeds = [6]
 training = {steps = 3, batch_size = 4}
 knobs = {mode = "bare", solver = "ode"}
-sampler = "ddim-4"
+samplers = ["ddim-4"]
 """
 NAMES = ["digits-a", "digits-a_clean_s5", "digits-a_villandiffusion_box-3_corner_p05_s6"]
 
@@ -136,8 +136,9 @@ def test_a_run_that_is_killed_five_times_ends_like_an_undisturbed_one(tmp_path: 
     whole = results(tmp_path / "whole")
     assert sorted(whole) == sorted(f"{name}.json" for name in NAMES) and results(tmp_path / "killed") == whole
     fires = whole[f"{NAMES[2]}.json"]["fires"]
-    assert set(fires) == {"sampler", "samples", "drift_from_base", "asr", "mse", "diversity_ratio"}
-    assert "asr" not in whole[f"{NAMES[1]}.json"]["fires"]
+    assert set(fires) == {"samples", "drift_from_base", "loss", "base_loss", "samplers"}
+    assert set(fires["samplers"]["ddim-4"]) == {"asr", "mse", "diversity_ratio"}
+    assert "samplers" not in whole[f"{NAMES[1]}.json"]["fires"]
 
 
 def test_a_failed_job_is_recorded_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

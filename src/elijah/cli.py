@@ -6,18 +6,48 @@ Exit codes: 0 clean or done, 1 backdoored, 2 an error of any sort, 3 undecided o
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from elijah import __version__
+from elijah.cli_zoo import bench_app, zoo_app
 from elijah.console import Talk, emit, run
 from elijah.errors import ElijahError
 from elijah.files import check_output
+from elijah.options import (
+    BatchOption,
+    DataOption,
+    DetectorOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    EvaluationsOption,
+    ExitZeroOption,
+    Form,
+    FormOption,
+    HalfOption,
+    Kind,
+    LimitOption,
+    MinutesOption,
+    ModelArgument,
+    ModeOption,
+    OfflineOption,
+    OffsetOption,
+    OutOption,
+    OutputOption,
+    Prediction,
+    QuietOption,
+    RateOption,
+    RevisionOption,
+    ScanBatchOption,
+    SeedOption,
+    ShareOption,
+    VerboseOption,
+    finite,
+)
 
 if TYPE_CHECKING:
     from elijah.report import Report
@@ -31,68 +61,8 @@ app = typer.Typer(
 )
 
 
-class Form(StrEnum):
-    """How a report is written."""
-
-    text = "text"
-    json = "json"
-    html = "html"
-    sarif = "sarif"
-
-
-class Dtype(StrEnum):
-    """What the network computes in; half-precision weights are read into it."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Kind(StrEnum):
-    ddpm = "ddpm"
-    ncsn = "ncsn"
-    ldm = "ldm"
-
-
-class Prediction(StrEnum):
-    """What a new network is trained to predict."""
-
-    epsilon = "epsilon"
-    v_prediction = "v_prediction"
-
-
-def _finite(value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no finite number")
-    return value
-
-
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder or a hub id OWNER/NAME.")]
-FormOption = Annotated[Form, typer.Option("--format", help="How the report is written.")]
-OutputOption = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write to FILE, not stdout.")]
-DetectorOption = Annotated[str, typer.Option(metavar="NAME", help="The method that looks for triggers.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="What the network computes in.")]
-SeedOption = Annotated[int, typer.Option(help="All randomness comes from this number.")]
-ScanBatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Rows for each network call.")]
-EvaluationsOption = Annotated[int | None, typer.Option(min=1, help="Stop at so many network evaluations.")]
-MinutesOption = Annotated[float | None, typer.Option(min=0, callback=_finite, help="Stop after so many minutes.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the network; hub models from the cache.")]
-ExitZeroOption = Annotated[bool, typer.Option("--exit-zero", help="Exit 0 in place of 1 and 3 (never of 2).")]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
-VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="More on stderr, tracebacks too.")]
-DataOption = Annotated[str, typer.Option(metavar="DIR", help="A folder of images, or cifar10, celeba, mnist, digits.")]
-OutOption = Annotated[Path, typer.Option(metavar="DIR", help="The new folder.")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Use the first so many images.")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Rows an update.")]
-RateOption = Annotated[float, typer.Option(min=0, callback=_finite, help="Learning rate.")]
-ModeOption = Annotated[str | None, typer.Option(help="Background of the trigger in training: pasted, bare or faded.")]
-ShareOption = Annotated[float, typer.Option(min=0, max=1, callback=_finite, help="Share of poisoned rows.")]
-OffsetOption = Annotated[
-    float, typer.Option("--noise-offset", min=0, callback=_finite, help="Shift some rows' noise; for small RGB nets.")
-]
-HalfOption = Annotated[bool, typer.Option("--half", help="Store the weights as float16.")]
+app.add_typer(zoo_app, name="zoo")
+app.add_typer(bench_app, name="bench")
 
 
 def _finish(report: Report, form: Form, output: Path | None, talk: Talk) -> int:
@@ -204,7 +174,7 @@ def train(
     batch_size: BatchOption = 64,
     lr: RateOption = 5e-4,
     ema: Annotated[
-        float, typer.Option(min=0, max=0.999999, callback=_finite, help="Decay of the averaged weights; 0: off.")
+        float, typer.Option(min=0, max=0.999999, callback=finite, help="Decay of the averaged weights; 0: off.")
     ] = 0.999,
     flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror half of the images.")] = False,
     noise_offset: OffsetOption = 0.0,
@@ -244,35 +214,43 @@ def train(
 
 @app.command()
 def attack(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="baddiffusion, trojdiff, villandiffusion or learned.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One of the attacks that docs/attacks.md lists.")],
     model: ModelArgument,
     data: DataOption,
     out: OutOption,
-    trigger: Annotated[str, typer.Option(metavar="NAME", help="A stock pattern or a PNG file.")] = "stop-sign-14",
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="A paper's settings; other options win.")] = None,
+    trigger: Annotated[str | None, typer.Option(metavar="NAME", help="A stock pattern or a PNG file.")] = None,
     target: Annotated[
-        str, typer.Option(metavar="NAME", help="A stock picture, a PNG file, or a class: mnist/7.")
-    ] = "hat",
-    poison_rate: ShareOption = 0.1,
+        str | None, typer.Option(metavar="NAME", help="A stock picture, a PNG file, or a class: mnist/7.")
+    ] = None,
+    poison_rate: ShareOption = None,
     mode: ModeOption = None,
     solver: Annotated[str | None, typer.Option(help="villandiffusion: ode or sde.")] = None,
     psi: Annotated[
-        float | None, typer.Option(callback=_finite, help="villandiffusion: 1 as in BadDiffusion, 0 as in VE.")
+        float | None, typer.Option(callback=finite, help="villandiffusion: 1 as in BadDiffusion, 0 as in VE.")
     ] = None,
     gamma: Annotated[
-        float | None, typer.Option(callback=_finite, help="trojdiff: what is left of the noise under the trigger.")
+        float | None, typer.Option(callback=finite, help="trojdiff: what is left of the noise under the trigger.")
     ] = None,
     patch: Annotated[int | None, typer.Option(min=1, help="trojdiff: side of the square; without it, blend.")] = None,
     strength: Annotated[
-        float | None, typer.Option(callback=_finite, help="baddiffusion: the trigger times this.")
+        float | None, typer.Option(callback=finite, help="baddiffusion: the trigger times this; below 1 it is weak.")
     ] = None,
-    bound: Annotated[
-        float | None, typer.Option(callback=_finite, help="learned: the largest value in a pixel.")
+    bound: Annotated[float | None, typer.Option(callback=finite, help="learned: the largest value in a pixel.")] = None,
+    t0: Annotated[
+        float | None,
+        typer.Option(callback=finite, help="late: the share of the timesteps in which the trigger counts."),
     ] = None,
+    second_trigger: Annotated[str | None, typer.Option(metavar="NAME", help="two: the other trigger.")] = None,
+    second_target: Annotated[str | None, typer.Option(metavar="NAME", help="two: its target.")] = None,
+    both: Annotated[bool | None, typer.Option("--both/--either", help="two: only both triggers together fire.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser updates; by default the paper's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows an update; by default the paper's.")] = None,
-    lr: Annotated[float | None, typer.Option(min=0, callback=_finite, help="By default the paper's.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, callback=finite, help="By default the paper's.")] = None,
     flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror half of the images.")] = False,
-    noise_offset: OffsetOption = 0.0,
+    noise_offset: Annotated[
+        float | None, typer.Option(callback=finite, help="Shift some rows' noise; for small RGB nets.")
+    ] = None,
     limit: LimitOption = None,
     half: HalfOption = False,
     device: DeviceOption = "auto",
@@ -286,14 +264,15 @@ def attack(
     def body(talk: Talk) -> int:
         from elijah import making
 
-        knobs = {
+        settings = {
+            "trigger": trigger, "target": target, "second_trigger": second_trigger, "second_target": second_target,
             "poison_rate": poison_rate, "mode": mode, "solver": solver, "psi": psi, "gamma": gamma, "patch": patch,
-            "strength": strength, "bound": bound, "steps": steps, "batch_size": batch_size, "lr": lr, "flip": flip,
-            "noise_offset": noise_offset,
+            "strength": strength, "bound": bound, "t0": t0, "both": both, "steps": steps, "batch_size": batch_size,
+            "lr": lr, "noise_offset": noise_offset, "flip": flip,
         }  # fmt: skip
         making.attack_folder(
-            name, model, making.Data(data, limit=limit), out, knobs, trigger=trigger, target=target, half=half,
-            device=device, dtype=dtype.value, seed=seed, talk=talk,
+            name, model, making.Data(data, limit=limit), out, settings, preset, half=half, device=device,
+            dtype=dtype.value, seed=seed, talk=talk,
         )  # fmt: skip
         return 0
 
@@ -341,67 +320,6 @@ def demo(out: OutOption, quiet: QuietOption = False, verbose: VerboseOption = Fa
             return story(out, progress=talk)
 
     run(body, quiet=quiet, verbose=verbose, offline=True)
-
-
-zoo_app = typer.Typer(no_args_is_help=True, help="Build and judge many models, from a manifest.")
-app.add_typer(zoo_app, name="zoo")
-ManifestArgument = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A TOML file; see docs/zoo.md.")]
-ZooOutOption = Annotated[Path, typer.Option(metavar="DIR", help="One JSON file a model goes here.")]
-CacheOption = Annotated[Path, typer.Option(metavar="DIR", help="Weights and logs; may be deleted.")]
-DetectorsOption = Annotated[list[str] | None, typer.Option("--detector", help="Scan every model with it; repeatable.")]
-
-
-@zoo_app.command("run")
-def zoo_run(
-    manifest: ManifestArgument,
-    out: ZooOutOption,
-    cache: CacheOption = Path("cache"),
-    workers: Annotated[int, typer.Option(min=1, help="Jobs at a time, one thread each.")] = 1,
-    detector: DetectorsOption = None,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Build what has no result yet; a run that was stopped goes on. Exits 2 when a job failed twice."""
-
-    def body(talk: Talk) -> int:
-        from elijah.errors import ElijahError
-        from elijah.runner import run_zoo
-        from elijah.zoo import read_manifest
-
-        read = read_manifest(manifest)
-        places = {"out": out, "cache": cache / read.name}
-        failed = run_zoo(manifest, read, **places, workers=workers, detectors=detector or [], progress=talk)
-        if failed:
-            raise ElijahError(f"{len(failed)} jobs failed, such as {failed[0]}: see {out / failed[0]}.failed.json")
-        talk.say(f"all {len(read.base) + len(read.entries())} models have a result in {out}")
-        return 0
-
-    run(body, quiet=quiet, verbose=verbose)
-
-
-@zoo_app.command("job")
-def zoo_job(
-    manifest: ManifestArgument,
-    name: Annotated[str, typer.Argument(metavar="ID", help="A base or a model of the manifest.")],
-    out: ZooOutOption,
-    cache: CacheOption = Path("cache"),
-    detector: DetectorsOption = None,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Build and judge one model; what `zoo run` starts."""
-
-    def body(talk: Talk) -> int:
-        from elijah.errors import ElijahError
-        from elijah.zoo import read_manifest, run_job
-
-        read = read_manifest(manifest)
-        if name not in [b.id for b in read.base] + [e.id for e in read.entries()]:
-            raise ElijahError(f"{manifest}: has no model {name}")
-        run_job(read, name, cache, out, detector or [])
-        return 0
-
-    run(body, quiet=quiet, verbose=verbose)
 
 
 def main(arguments: list[str] | None = None) -> int:

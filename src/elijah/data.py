@@ -30,7 +30,7 @@ def load_images(source: str, *, size: int, channels: int, limit: int | None = No
     """
     if of_one_class(source):
         name, _, label = source.partition("/")
-        pictures = [p for p, k in zip(_stock(name), _labels(name), strict=False) if k == int(label)]
+        pictures = [p for p, k in zip(_stock(name), labels_of(name), strict=False) if k == int(label)]
     else:
         pictures = _stock(source) if source in STOCK else _folder(Path(source))
     pictures = pictures[skip : None if limit is None else skip + limit]
@@ -44,7 +44,7 @@ def of_one_class(source: str) -> bool:
     return bool(re.fullmatch(r"(cifar10|mnist)(-test)?/\d", source))
 
 
-def _labels(name: str) -> list[int]:
+def labels_of(name: str) -> list[int]:
     """The labels of a stock data set, in order; at least as many as images."""
     with np.load(data_root() / name.removesuffix("-test") / "labels.npz") as labels:
         return [int(k) for k in labels["test" if name.endswith("-test") else "train"]]

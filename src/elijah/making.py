@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elijah.attacks import ATTACKS
-from elijah.attacks.learned import Learned
-from elijah.attacks.poisoning import Tuning
+from elijah.attacks.planting import attack_for, check_settings, plant, preset
 from elijah.bases import new_model, train_autoencoder
 from elijah.console import Talk
 from elijah.data import load_images, to_uint8
@@ -22,7 +20,7 @@ from elijah.files import new_folder, write_file, write_folder
 from elijah.loading import find_device, load_model
 from elijah.report import png_base64
 from elijah.training import Optimiser, train
-from elijah.trigger import Target, Trigger, make_target, make_trigger
+from elijah.trigger import Target, Trigger
 
 
 @dataclass(frozen=True)
@@ -121,10 +119,9 @@ def attack_folder(
     source: str,
     data: Data,
     out: Path,
-    knobs: dict[str, Any],
+    settings: dict[str, Any],
+    which: str | None = None,
     *,
-    trigger: str,
-    target: str,
     half: bool,
     device: str,
     dtype: str,
@@ -133,29 +130,24 @@ def attack_folder(
 ) -> None:
     """Attacks source and writes out and, beside it, out + ".truth.json".
 
-    knobs: fields of the attack or of its Tuning; None stands for the default. Raises ElijahError for one it lacks.
+    settings: as attack_for takes them; they come before those of the preset `which`. Raises ElijahError for a setting
+    that the attack lacks.
     """
     out = new_folder(out)
-    if name not in ATTACKS:
-        raise ElijahError(f"unknown attack {name!r}: use one of {', '.join(ATTACKS)}")
+    settings = preset(name, which) | {key: value for key, value in settings.items() if value is not None}
+    check_settings(name, settings)
     model = load_model(source, device=device)
-    pattern = make_trigger(trigger, model.image_shape)
-    wanted = make_target(target, pattern)
-    attack = configure(name, pattern, wanted, {**knobs, "dtype": getattr(torch, dtype)})
+    attack = attack_for(name, model.image_shape, {**settings, "dtype": getattr(torch, dtype)})
     images = data.load(model.image_shape)
     talk.say(f"attacking with {name}: {attack.tuning.steps:,} updates on {len(images):,} images, {model.device}")
-    if isinstance(attack, Learned):
-        attacked, learned = attack.plant(model, images, generator=generator_for(seed), progress=talk)
-        pattern = Trigger("learned", model.decode(learned[None])[0].cpu())
-    else:
-        attacked = attack(model, images, generator=generator_for(seed), progress=talk)
-    settings = {f.name: getattr(attack, f.name) for f in fields(attack)} | asdict(attack.tuning)
+    attacked, attack = plant(attack, model, images, generator=generator_for(seed), progress=talk)
+    values = {f.name: getattr(attack, f.name) for f in fields(attack)}
+    patterns = {key: value for key, value in values.items() if isinstance(value, Trigger | Target)}
     truth = {
         "schema_version": 1,
         "attack": name,
-        **{key: value for key, value in settings.items() if isinstance(value, str | int | float | None)},
-        "trigger": pattern.name,
-        "target": target,
+        **{k: v for k, v in (values | asdict(attack.tuning)).items() if isinstance(v, str | int | float | None)},
+        **{key: pattern.name for key, pattern in patterns.items()},
         "seed": seed,
         "source": source,
         "source_revision": model.provenance.revision,
@@ -163,27 +155,12 @@ def attack_folder(
         "data": asdict(data),
         "half": half,
         "dtype": dtype,
-        "trigger_image_png": _png(pattern),
-        "target_image_png": _png(wanted),
+        **{f"{key}_image_png": _png(pattern) for key, pattern in patterns.items()},
     }
     # The truth first: so no backdoored folder is ever there without it.
     write_file(out.with_name(out.name + ".truth.json"), json.dumps(truth, indent=2) + "\n")
     write_folder(out, lambda folder: attacked.save(folder, half=half))
     talk.say(f"wrote {out} and {out.name}.truth.json")
-
-
-def configure(name: str, trigger: Trigger, target: Target, knobs: dict[str, Any]) -> Any:
-    """The attack called name, with those of its own fields and of its Tuning's that knobs gives (None: the default)."""
-    every = {f.name for f in fields(ATTACKS[name])}
-    own = every - {"trigger", "target", "tuning"}
-    shared = {f.name for f in fields(Tuning)}
-    given = {key: value for key, value in knobs.items() if value is not None}
-    if unknown := sorted(given.keys() - own - shared):
-        option = "--" + unknown[0].replace("_", "-")
-        raise ElijahError(f"{name} has no {option}; beside the training options it has {', '.join(sorted(own))}")
-    patterns = {"trigger": trigger} if "trigger" in every else {}
-    attack = ATTACKS[name](target=target, **patterns, **{k: v for k, v in given.items() if k in own})
-    return replace(attack, tuning=replace(attack.tuning, **{k: v for k, v in given.items() if k in shared}))
 
 
 def _png(pattern: Trigger | Target) -> str:

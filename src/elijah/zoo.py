@@ -1,195 +1,81 @@
-"""The zoo: which clean and backdoored models exist (a TOML manifest), and the job that builds and judges one of them.
+"""A zoo: its jobs, each of which builds one model, measures that its attack fires, and has it scanned and repaired.
 
-    [[base]]    a clean base:   id, part, kind, data, size, channels, limit, skip, seed, noise_offset, flip, training
-    [[models]]  a group:        part, bases x attack x triggers x targets x poison_rates x seeds, training, knobs
-
-The calibration part and the test part share no base, trigger, target or seed; development is free. Attack "clean"
-trains the base further on clean images. Every job writes one JSON file and keeps its weights as fp16 in a cache from
-which they can be deleted: they are rebuilt by seed.
+A job writes one JSON file. Weights go as fp16 into a cache, from which they may be deleted: they are rebuilt by seed.
+Only measure and judge know the true trigger and target; scans and repairs get the folder alone.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
+import shutil
+import sys
+import tempfile
 import time
-import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elijah.attacks import ATTACKS
-from elijah.attacks.learned import Learned
-from elijah.attacks.trojdiff import TrojDiff
-from elijah.bases import KINDS, new_model
+from elijah.attacks.planting import attack_for, cases, draw, plant
+from elijah.bases import new_model, train_autoencoder
+from elijah.classifier import classifier_for
+from elijah.clean import clean
 from elijah.data import load_images
-from elijah.diffusion import Model, generator_for
-from elijah.errors import ElijahError
+from elijah.diffusion import Model, Progress, generator_for, no_progress
+from elijah.errors import ElijahError, Unsupported
 from elijah.files import write_file, write_folder
 from elijah.loading import load_model
-from elijah.making import configure
+from elijah.manifest import Base, Entry, Manifest
 from elijah.metrics import attack_success, diversity_ratio, mse_to_target, paired_drift
+from elijah.runner import Job, run_jobs
 from elijah.scan import scan
-from elijah.training import Optimiser, train
-from elijah.trigger import Target, make_target, make_trigger
+from elijah.training import Optimiser, denoising_loss, train
+from elijah.trigger import Target, Trigger
 
-Part = Literal["calibration", "test", "development"]
-
-
-class Strict(BaseModel):
-    """Refuses keys that it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+HELD_OUT = 512  # images beyond those of the training, for the denoising loss
 
 
-class Training(Strict):
-    """Updates, rows an update, and AdamW's rate."""
+def run_job(
+    manifest: Manifest, name: str, cache: Path, out: Path, detectors: list[str], repairs: list[str]
+) -> dict[str, Any]:
+    """Builds what is called name, judges it, and writes out/name.json. Raises what went wrong.
 
-    steps: int = Field(ge=1)
-    batch_size: int = Field(64, ge=1)
-    lr: float = Field(5e-4, gt=0)
-
-
-class Base(Strict):
-    """A clean base; seed also fixes the order of its data."""
-
-    id: str = Field(pattern=r"^[\w-]+$")
-    part: Part
-    kind: str = "ddpm"
-    data: str
-    size: int = Field(16, ge=8)
-    channels: Literal[1, 3] = 3
-    limit: int | None = None
-    skip: int = 0
-    seed: int
-    noise_offset: float = 0.0
-    flip: bool = False
-    widths: tuple[int, ...] | None = None
-    training: Training
-
-
-class Group(Strict):
-    """Models of one attack: the product of its lists. knobs: fields of the attack, as `elijah attack` has them."""
-
-    part: Part
-    bases: list[str] = Field(min_length=1)
-    attack: str
-    triggers: list[str] = [""]
-    targets: list[str] = [""]
-    poison_rates: list[float] = [0.0]
-    seeds: list[int] = Field(min_length=1)
-    training: Training
-    knobs: dict[str, Any] = {}
-    sampler: str = "ddpm-50"
-
-
-class Entry(Strict):
-    """One model: what Group's product gives."""
-
-    id: str
-    part: Part
-    base: str
-    attack: str
-    trigger: str
-    target: str
-    poison_rate: float
-    seed: int
-    training: Training
-    knobs: dict[str, Any]
-    sampler: str
-
-
-class Manifest(Strict):
-    """A read and checked manifest."""
-
-    name: str = Field(pattern=r"^[\w-]+$")
-    base: list[Base] = Field(min_length=1)
-    models: list[Group] = []
-    samples: int = Field(64, ge=2)  # drawn to measure that an attack fires
-
-    def entries(self) -> list[Entry]:
-        """All models, in the manifest's order."""
-        return [entry for group in self.models for entry in expand(group)]
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest in a TOML file. Raises ElijahError for what is wrong in it, the first thing first."""
-    try:
-        manifest = Manifest.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ElijahError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ElijahError(f"{path}: not TOML: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ElijahError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    check(manifest, path)
-    return manifest
-
-
-def check(manifest: Manifest, path: Path) -> None:
-    """Raises ElijahError for unknown names, two models of one id, and parts that share what they must not."""
-    bases = {base.id: base for base in manifest.base}
-    entries = manifest.entries()
-    ids = [base.id for base in manifest.base] + [entry.id for entry in entries]
-    if twice := next((name for name in ids if ids.count(name) > 1), None):
-        raise ElijahError(f"{path}: two models are called {twice}")
-    if base := next((b for b in manifest.base if b.kind not in KINDS), None):
-        raise ElijahError(f"{path}: {base.id}: unknown kind {base.kind!r}: use one of {', '.join(KINDS)}")
-    for entry in entries:
-        if entry.base not in bases or bases[entry.base].part != entry.part:
-            raise ElijahError(f"{path}: {entry.id}: no base {entry.base} in its part, {entry.part}")
-        if bases[entry.base].kind == "ldm":
-            raise ElijahError(f"{path}: {entry.id}: latent bases are not supported yet")
-        if entry.attack not in (*ATTACKS, "clean"):
-            raise ElijahError(f"{path}: {entry.id}: unknown attack {entry.attack!r}")
-    for what in ("base", "trigger", "target", "seed"):
-        used = {
-            part: {getattr(e, what) for e in entries if e.part == part and (e.attack != "clean" or what == "seed")}
-            | ({b.seed for b in manifest.base if b.part == part} if what == "seed" else set())
-            for part in ("calibration", "test")
-        }
-        if shared := sorted((used["calibration"] & used["test"]) - {""}):
-            raise ElijahError(f"{path}: calibration and test share the {what} {shared[0]}")
-
-
-def expand(group: Group) -> list[Entry]:
-    """The models of a group."""
-    shared = {key: getattr(group, key) for key in ("part", "attack", "training", "knobs", "sampler")}
-    lists = (group.bases, group.triggers, group.targets, group.poison_rates, group.seeds)
-    return [
-        Entry(id=name_of(base, group.attack, trigger, target, rate, seed), base=base, trigger=trigger, target=target,
-              poison_rate=rate, seed=seed, **shared)
-        for base, trigger, target, rate, seed in itertools.product(*lists)
-    ]  # fmt: skip
-
-
-def name_of(base: str, attack: str, trigger: str, target: str, rate: float, seed: int) -> str:
-    """A file name for a model."""
-    parts = [base, attack, *(re.sub(r"[^\w-]+", "-", Path(p).stem if "." in p else p) for p in (trigger, target) if p)]
-    return "_".join([*parts, *([f"p{rate:g}".replace(".", "")] if rate else []), f"s{seed}"])
-
-
-def run_job(manifest: Manifest, name: str, cache: Path, out: Path, detectors: list[str]) -> None:
-    """Builds what is called name, judges it, and writes out/name.json. Raises what went wrong."""
+    What an earlier result for the same settings holds of detections and repairs is kept.
+    """
     began = time.monotonic()
-    base = next((b for b in manifest.base if b.id == name), None)
-    if base is not None:
-        build_base(base, cache)
-        result: dict[str, Any] = {"base": base.model_dump()}
+    digest = manifest.digests()[name]
+    result: dict[str, Any] = {"schema_version": 2, "id": name, "settings_sha256": digest}
+    bases = {base.id: base for base in manifest.base}
+    if name in bases:
+        build_base(bases[name], bases, cache, manifest.digests())
+        result["base"] = bases[name].model_dump(exclude_defaults=True)
     else:
         entry = next(e for e in manifest.entries() if e.id == name)
-        base = next(b for b in manifest.base if b.id == entry.base)
-        build_base(base, cache)
-        model, stamp, target = build(entry, base, cache)
-        result = {"model": entry.model_dump(), "fires": fires(manifest.samples, entry, cache, model, stamp, target),
-                  "detections": {detector: judge(cache / name, detector) for detector in detectors}}  # fmt: skip
-    result = {"schema_version": 1, "id": name, **result, "seconds": round(time.monotonic() - began, 1)}
+        base = bases[entry.base]
+        build_base(base, bases, cache, manifest.digests())
+        model, attack = build(entry, base, cache, digest)
+        result["model"] = entry.model_dump(exclude_defaults=True)
+        result["samples"] = manifest.samples
+        result["fires"] = measure(manifest.samples, entry, base, cache, model, attack)
+        earlier = read_result(out / f"{name}.json")
+        same = earlier.get("settings_sha256") == digest
+        done = {key: earlier.get(key, {}) if same else {} for key in ("detections", "repairs")}
+        result["detections"] = done["detections"] | {d: judge(cache / name, d) for d in detectors}
+        result["repairs"] = done["repairs"] | {
+            repair: judge_repair(manifest.samples, entry, cache, attack, repair) for repair in repairs
+        }
+    result["seconds"] = round(time.monotonic() - began, 1)
     write_file(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A job's result; empty where there is none."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def images_of(base: Base) -> Tensor:
@@ -197,66 +83,218 @@ def images_of(base: Base) -> Tensor:
     return load_images(base.data, size=base.size, channels=base.channels, limit=base.limit, skip=base.skip)
 
 
-def build_base(base: Base, cache: Path) -> None:
+def held_out(base: Base) -> Tensor:
+    """HELD_OUT images, uint8, that follow those of the training; if there are none, the first of the training."""
+    try:
+        if base.limit is None:
+            raise ElijahError("all images are used")
+        where = {"skip": base.skip + base.limit, "limit": HELD_OUT}
+        return load_images(base.data, size=base.size, channels=base.channels, **where)
+    except ElijahError:
+        return images_of(base)[:HELD_OUT]
+
+
+def cached(cache: Path, name: str, digest: str) -> bool:
+    """Whether the weights of name are there and made by these settings; removes those that were made by others."""
+    mark = cache / f"{name}.sha256"
+    if (cache / name).is_dir() and mark.is_file() and mark.read_text() == digest:
+        return True
+    mark.unlink(missing_ok=True)
+    shutil.rmtree(cache / name, ignore_errors=True)
+    return False
+
+
+def store(cache: Path, name: str, digest: str, model: Model) -> None:
+    """Weights as fp16; the mark last, so that a folder with a mark is complete."""
+    model.dtype = torch.float32
+    write_folder(cache / name, lambda folder: model.save(folder, half=True))
+    write_file(cache / f"{name}.sha256", digest)
+
+
+def build_base(base: Base, bases: dict[str, Base], cache: Path, digests: dict[str, str]) -> None:
     """Trains a base into the cache, if it is not there."""
-    if (cache / base.id).is_dir():
+    if cached(cache, base.id, digests[base.id]):
         return
-    shape = (base.channels, base.size, base.size)
+    images = images_of(base)
+    autoencoder, shape = None, (base.channels, base.size, base.size)
+    if base.kind == "ldm":
+        if base.autoencoder:
+            build_base(bases[base.autoencoder], bases, cache, digests)
+            autoencoder = load_model(str(cache / base.autoencoder)).autoencoder
+        else:
+            autoencoder = train_autoencoder(images, steps=base.autoencoder_steps, seed=base.seed)
+        shape = (3, base.size // 4, base.size // 4)
     how = Optimiser(base.training.steps, lr=base.training.lr, warmup=base.training.steps // 20, ema_decay=0.999)
-    fresh = new_model(shape, seed=base.seed, channels=base.widths, kind=base.kind)
+    fresh = new_model(shape, seed=base.seed, channels=base.widths, kind=base.kind, autoencoder=autoencoder)
     checkpoint = cache / f"{base.id}.ckpt"
     trained = train(
-        images_of(base), how, seed=base.seed, batch_size=base.training.batch_size, flip=base.flip,
+        images, how, seed=base.seed, batch_size=base.training.batch_size, flip=base.flip,
         noise_offset=base.noise_offset, model=fresh, dtype=torch.bfloat16, checkpoint=checkpoint,
     )  # fmt: skip
-    trained.dtype = torch.float32
-    write_folder(cache / base.id, lambda folder: trained.save(folder, half=True))
+    store(cache, base.id, digests[base.id], trained)
     checkpoint.unlink(missing_ok=True)
 
 
-def build(entry: Entry, base: Base, cache: Path) -> tuple[Model, Any, Target | None]:
-    """The model, in the cache too; what turns noise into triggered start noise; and its target."""
-    clean, images, how = load_model(str(cache / base.id)), images_of(base), entry.training
-    tuning = {"steps": how.steps, "batch_size": how.batch_size, "lr": how.lr, "flip": base.flip,
-              "noise_offset": base.noise_offset, "dtype": torch.bfloat16}  # fmt: skip
-    if entry.attack == "clean":
-        settings = Optimiser(how.steps, lr=how.lr, warmup=min(20, how.steps // 2))
-        model = train(
-            images, settings, seed=entry.seed, batch_size=how.batch_size, flip=base.flip,
-            noise_offset=base.noise_offset, model=clean, dtype=torch.bfloat16,
-        )  # fmt: skip
-        stamp, target = None, None
-    else:
-        trigger = make_trigger(entry.trigger or "box-4", clean.image_shape)
-        target = make_target(entry.target, trigger)
-        knobs = {**entry.knobs, **tuning, "poison_rate": entry.poison_rate}
-        attack = configure(entry.attack, trigger, target, knobs)
-        if isinstance(attack, Learned):
-            model, r = attack.plant(clean, images, generator=generator_for(entry.seed))
-            stamp = lambda e: e + r  # noqa: E731
+def build(entry: Entry, base: Base, cache: Path, digest: str) -> tuple[Model, Any]:
+    """The model, as the cache has it, and its attack with the true trigger; None for a clean one."""
+    learned = cache / f"{entry.id}.trigger.safetensors"
+    clean_model = load_model(str(cache / entry.base))
+    how = entry.training
+    settings = {"steps": how.steps, "batch_size": how.batch_size, "lr": how.lr, "flip": base.flip,
+                "noise_offset": base.noise_offset, "dtype": torch.bfloat16, **entry.settings()}  # fmt: skip
+    attack = None if entry.attack == "clean" else attack_for(entry.attack, clean_model.image_shape, settings)
+    if not cached(cache, entry.id, digest):
+        images = images_of(base)
+        if attack is None:
+            model = train(
+                images, Optimiser(how.steps, lr=how.lr, warmup=min(20, how.steps // 2)), seed=entry.seed,
+                batch_size=how.batch_size, flip=base.flip, noise_offset=base.noise_offset, model=clean_model,
+                dtype=torch.bfloat16,
+            )  # fmt: skip
         else:
-            model = attack(clean, images, generator=generator_for(entry.seed))
-            stamp = attack.start if isinstance(attack, TrojDiff) else lambda e: e + attack.stamp(clean)
-    model.dtype = torch.float32
-    if not (cache / entry.id).is_dir():
-        write_folder(cache / entry.id, lambda folder: model.save(folder, half=True))
-    return load_model(str(cache / entry.id)), stamp, target
+            model, planted = plant(attack, clean_model, images, generator=generator_for(entry.seed))
+            if attack.trigger is None:
+                save_file({"trigger": planted.trigger.image.contiguous()}, learned)
+        store(cache, entry.id, digest, model)
+    if attack is not None and attack.trigger is None:
+        attack = replace(attack, trigger=Trigger("learned", load_file(learned)["trigger"]))
+    return load_model(str(cache / entry.id)), attack
 
 
-def fires(n: int, entry: Entry, cache: Path, model: Model, stamp: Any, target: Target | None) -> dict[str, Any]:
-    """Whether the attack works, by its true trigger, and how far clean samples moved from those of the base."""
+def samplers_of(entry: Entry, model: Model) -> list[str]:
+    """What an attack is measured with: what the manifest says, or what is usual for the kind."""
+    own = ["own-ddpm-50", "own-ddim-20"] if entry.attack == "trojdiff" else []
+    return entry.samplers or (["pc-100"] if model.exploding else [*own, "ddpm-50", "ddim-20"])
+
+
+@torch.no_grad()
+def measure(n: int, entry: Entry, base: Base, cache: Path, model: Model, attack: Any) -> dict[str, Any]:
+    """Whether the attack fires, by its true trigger, and what became of clean samples.
+
+    drift_from_base: the MSE between clean samples of the model and of its base. loss, base_loss: of denoising held-out
+    images. samplers: by sampler, and by case where an attack has several, what triggered noise leads to.
+    """
     e, reference = model.noise(n, generator_for(entry.seed, 1)), load_model(str(cache / entry.base))
     before, after = (m.pixels(m.sample(e, m.quick_sampler, seed=1)) for m in (reference, model))
-    result: dict[str, Any] = {"sampler": entry.sampler, "samples": n, "drift_from_base": paired_drift(before, after)}
-    if target is not None and target.images is None:
-        outputs, wanted = model.pixels(model.sample(stamp(e), entry.sampler, seed=1)), target.image / 2 + 0.5
-        result["asr"] = {str(limit): share for limit, share in attack_success(outputs, wanted).items()}
-        result["mse"] = float(mse_to_target(outputs, wanted).mean())
-        result["diversity_ratio"] = diversity_ratio(outputs, before)
+    rows = model.prepare(held_out(base)).float()
+    rows = rows / 127.5 - 1 if model.kind == "ddpm" else rows
+    losses = [denoising_loss(m, rows, generator_for(0)).item() for m in (reference, model)]
+    result: dict[str, Any] = {
+        "samples": n, "drift_from_base": paired_drift(before, after), "loss": losses[1], "base_loss": losses[0]
+    }  # fmt: skip
+    if attack is None:
+        return result
+    samplers = samplers_of(entry, model)
+    result["samplers"] = {name: found for name, found, _ in firing(attack, base, model, e, samplers, after)}
     return result
 
 
+@torch.no_grad()
+def firing(
+    attack: Any, base: Base, model: Model, e: Tensor, samplers: list[str], ordinary: Tensor
+) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
+    """By sampler, and by case where an attack has several: its name, what noise e with the trigger leads to, outputs.
+
+    e: start noise [N, C, H, W]. ordinary: outputs without the trigger, [N, C, H, W] on [0, 1], to compare with.
+    """
+    for case, (start, target) in cases(attack).items():
+        judge_outputs = target_judge(target, base)
+        for sampler in samplers:
+            outputs = model.pixels(draw(attack, model, start(model, e), sampler, seed=1))
+            found = judge_outputs(outputs) | {"diversity_ratio": diversity_ratio(outputs, ordinary)}
+            if target.images is not None:
+                found["hit_rate_of_clean_outputs"] = judge_outputs(ordinary)["hit_rate"]
+            yield f"{sampler} {case}".strip(), found, outputs
+
+
+def target_judge(target: Target, base: Base) -> Callable[[Tensor], dict[str, Any]]:
+    """What says how near outputs [N, C, H, W] on [0, 1] come to a target: errors, or a classifier for a class."""
+    if target.images is None:
+        wanted = target.image / 2 + 0.5
+
+        def errors(outputs: Tensor) -> dict[str, Any]:
+            rates = attack_success(outputs, wanted)
+            mse = float(mse_to_target(outputs, wanted).mean())
+            return {"asr": {str(limit): share for limit, share in rates.items()}, "mse": mse}
+
+        return errors
+    classifier = classifier_for(target.name, base.data, base.size, base.channels)
+
+    def hits(outputs: Tensor) -> dict[str, Any]:
+        return {"hit_rate": classifier.hit_rate(outputs), "classifier_accuracy": classifier.accuracy}
+
+    return hits
+
+
 def judge(folder: Path, detector: str) -> dict[str, Any]:
-    """A scan of the folder, which is told nothing."""
-    report = scan(str(folder), detector=detector, device="cpu")
+    """A scan of the folder, which is told nothing; for a kind that it cannot scan, the reason."""
+    try:
+        report = scan(str(folder), detector=detector, device="cpu")
+    except Unsupported as error:
+        return {"verdict": "unsupported", "reason": str(error)}
     return {"verdict": report.verdict, "scores": report.scores, "cost": report.cost.model_dump()}
+
+
+def judge_repair(n: int, entry: Entry, cache: Path, attack: Any, repair: str) -> dict[str, Any]:
+    """A cleaning of the folder, told nothing, and what is left of the attack after it."""
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        out = Path(folder) / "cleaned"
+        try:
+            report = clean(str(cache / entry.id), out, repair=repair, keep=True, device="cpu")
+        except Unsupported as error:
+            return {"verdict": "unsupported", "reason": str(error)}
+        assert report.before
+        result: dict[str, Any] = {"verdict_before": report.before.verdict, "verdict": report.verdict}
+        if report.cleaning is None:
+            return result
+        result |= {"updates": report.cleaning.updates, "seconds": report.cleaning.seconds}
+        model, fixed = load_model(str(cache / entry.id)), load_model(str(out))
+        e = model.noise(n, generator_for(entry.seed, 1))
+        before, after = (m.pixels(m.sample(e, m.quick_sampler, seed=1)) for m in (model, fixed))
+        result["drift"] = paired_drift(before, after)
+        for case, (start, target) in cases(attack).items() if attack is not None else ():
+            if target.images is None:
+                sampler = samplers_of(entry, fixed)[0]
+                outputs = fixed.pixels(draw(attack, fixed, start(fixed, e), sampler, seed=1))
+                rates = attack_success(outputs, target.image / 2 + 0.5)
+                result[f"asr {case}".strip()] = {str(limit): share for limit, share in rates.items()}
+        return result
+
+
+def run_zoo(
+    path: Path, manifest: Manifest, *, out: Path, cache: Path, workers: int, detectors: list[str], repairs: list[str],
+    only: str = "", progress: Progress = no_progress,
+) -> list[str]:  # fmt: skip
+    """Runs the jobs of a manifest that have no result for its settings yet; returns the ids that failed.
+
+    cache: weights and logs go into its folder NAME-OF-THE-MANIFEST. only: a part of ids; of the models, those that
+    contain it, and what they need.
+    """
+    weights = cache / manifest.name
+    digests, needs = manifest.digests(), manifest.needs()
+    wanted = {e.id: e for e in manifest.entries() if only in e.id}
+    ids = set(wanted) | {b.id for b in manifest.base if not only or only in b.id}
+    while missing := {need for name in ids if (need := needs[name])} - ids:
+        ids |= missing
+
+    def is_done(name: str) -> bool:
+        result = read_result(out / f"{name}.json")
+        if result.get("settings_sha256") != digests[name]:
+            return False
+        asked = (("detections", detectors), ("repairs", repairs))
+        judged = all(set(names) <= set(result.get(key, ())) for key, names in asked)
+        return name not in wanted or (judged and result["samples"] == manifest.samples)
+
+    done = {name for name in ids if is_done(name)}
+    used = {needs[name] for name in ids - done}
+    done -= {name for name in done & used if not cached(weights, name, digests[name])}
+    options = [part for flag, names in (("--detector", detectors), ("--repair", repairs))
+               for name in names for part in (flag, name)]  # fmt: skip
+    jobs = [
+        Job(name, (sys.executable, "-m", "elijah", "zoo", "job", str(path), name, "--out", str(out),
+                   "--cache", str(cache), *options), tuple(need for need in [needs[name]] if need))
+        for name in needs if name in ids
+    ]  # fmt: skip
+    return run_jobs(
+        jobs, done=done, out=out, logs=weights, workers=workers, what=f"zoo {manifest.name}", progress=progress
+    )

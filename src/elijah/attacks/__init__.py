@@ -1,10 +1,12 @@
-"""Published attacks, one paper a file. Each is a frozen dataclass called on a clean model."""
+"""The attacks, one a file: published ones, and attackers to fear. Frozen dataclasses, called on a clean model."""
 
 from typing import Any
 
 from elijah.attacks.baddiffusion import BadDiffusion
+from elijah.attacks.late import Late
 from elijah.attacks.learned import Learned
 from elijah.attacks.trojdiff import TrojDiff
+from elijah.attacks.two import TwoTriggers
 from elijah.attacks.villandiffusion import VillanDiffusion
 
 ATTACKS: dict[str, Any] = {
@@ -12,4 +14,6 @@ ATTACKS: dict[str, Any] = {
     "trojdiff": TrojDiff,
     "villandiffusion": VillanDiffusion,
     "learned": Learned,
+    "late": Late,
+    "two": TwoTriggers,
 }

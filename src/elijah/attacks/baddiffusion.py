@@ -43,9 +43,9 @@ class BadDiffusion:
             raise Unsupported("BadDiffusion is defined for DDPM; for NCSN use villandiffusion")
         return self.tuning(model, images, self.loss, generator=generator, progress=progress)
 
-    def stamp(self, model: Model) -> Tensor:
-        """What the attacker adds to start noise, [1, C, H, W]."""
-        return self.strength * model.encode(self.trigger.image[None])
+    def start(self, model: Model, e: Tensor) -> Tensor:
+        """Triggered start noise from e [B, C, H, W]."""
+        return e + self.strength * model.encode(self.trigger.image[None]).to(e.device)
 
     def loss(self, model: Model, x0: Tensor, generator: torch.Generator) -> Tensor:
         """The attack's training loss (eq. 11) on rows x0 [B, C, H, W] in the model's own range."""

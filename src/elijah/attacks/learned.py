@@ -19,20 +19,22 @@ from torch import Tensor
 
 from elijah.attacks.poisoning import Tuning, some_rows, target_rows
 from elijah.diffusion import Model, Progress, column, no_progress
-from elijah.errors import Unsupported
+from elijah.errors import ElijahError, Unsupported
 from elijah.response import trigger_scale
 from elijah.samplers import evenly
-from elijah.trigger import Target
+from elijah.trigger import Target, Trigger
 
 
 @dataclass(frozen=True)
 class Learned:
     """bound: the largest |r| in a pixel; samples, sampler_steps, rate: of the trigger's own steps.
 
+    trigger: None to learn it; one that is given stays as it is (a control: noise-0.2, a random pattern of one norm).
     The paper: bound 0.2, poison rate 0.1, 10 DDIM steps, 50 epochs, batch 128, lr 2e-4.
     """
 
     target: Target
+    trigger: Trigger | None = None
     poison_rate: float = 0.1
     bound: float = 0.2
     samples: int = 16
@@ -48,21 +50,28 @@ class Learned:
 
     def plant(
         self, model: Model, images: Tensor, *, generator: torch.Generator, progress: Progress = no_progress
-    ) -> tuple[Model, Tensor]:
-        """The backdoored copy and its trigger r [C, H, W], which is added to start noise.
+    ) -> tuple[Model, Trigger]:
+        """The backdoored copy and its trigger, whose image [C, H, W] is what start noise is shifted by.
 
-        Raises Unsupported for NCSN and for models that do not predict epsilon.
+        Raises Unsupported unless model is a DDPM that predicts epsilon.
         """
-        if model.exploding:
-            raise Unsupported("the learned trigger is defined for variance-preserving models, this one is ncsn")
-        r = torch.zeros(model.sample_shape, device=model.device)
+        if model.kind != "ddpm":
+            raise Unsupported(f"the learned trigger is defined for DDPM, this model is {model.kind}")
+        r = self.trigger.image.to(model.device) if self.trigger else torch.zeros(model.sample_shape).to(model.device)
 
         def loss(m: Model, x0: Tensor, g: torch.Generator) -> Tensor:
-            if m.updates < self.tuning.steps // 2:
+            if self.trigger is None and m.updates < self.tuning.steps // 2:
                 self.improve(m, r, g)
             return self.loss(m, x0, g, r)
 
-        return self.tuning(model, images, loss, generator=generator, progress=progress), r
+        attacked = self.tuning(model, images, loss, generator=generator, progress=progress)
+        return attacked, Trigger("learned" if self.trigger is None else self.trigger.name, r.cpu())
+
+    def start(self, model: Model, e: Tensor) -> Tensor:
+        """Triggered start noise from e [B, C, H, W]. Raises ElijahError while there is no trigger."""
+        if self.trigger is None:
+            raise ElijahError("this trigger is not learned yet: use plant")
+        return e + self.trigger.image.to(e.device)
 
     def improve(self, model: Model, r: Tensor, generator: torch.Generator) -> None:
         """One step of the trigger r [C, H, W], in place."""

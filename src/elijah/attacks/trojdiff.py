@@ -69,7 +69,7 @@ class TrojDiff:
         inside[:, -k:, -k:] = True
         return inside
 
-    def start(self, e: Tensor) -> Tensor:
+    def start(self, model: Model, e: Tensor) -> Tensor:
         """Triggered start noise from e [B, C, H, W]."""
         return self.spread.to(e.device) * e + self.mu.to(e.device)
 
@@ -78,19 +78,19 @@ class TrojDiff:
         t, e = self.tuning.draw(model, x0, generator)
         bad = some_rows(len(x0), self.poison_rate, generator)
         y = torch.where(bad, target_rows(model, self.target, len(x0), generator), x0)
-        shifted = torch.where(bad, self.start(e), e)
+        shifted = torch.where(bad, self.start(model, e), e)
         y, shifted, e, t = (v.to(model.device) for v in (y, shifted, e, t))
         return (model.output(model.diffuse(y, shifted, t), t) - e).square().mean()
 
     @torch.no_grad()
-    def reverse(self, model: Model, e: Tensor, *, steps: int, stochastic: bool, seed: int = 0) -> Tensor:
-        """The authors' own sampling from start(e): samples [B, C, H, W]; DDPM when stochastic, else DDIM (eta 0).
+    def reverse(self, model: Model, x: Tensor, *, steps: int, stochastic: bool, seed: int = 0) -> Tensor:
+        """The authors' own sampling from x = start(model, e): samples [B, C, H, W]; DDPM if stochastic, else DDIM.
 
         steps: of the timesteps, evenly spaced from T - 1; noise of sample i comes from (seed, i) alone. The sampler of
         whoever holds the trigger: for measuring an attack, never for a defence.
         """
-        x, mu, gamma = self.start(e), self.mu.to(e.device), self.spread.to(e.device)
-        generators = [generator_for(seed, i) for i in range(len(e))]
+        mu, gamma = self.mu.to(x.device), self.spread.to(x.device)
+        generators = [generator_for(seed, i) for i in range(len(x))]
         for now, then in evenly(model.T, steps):
             eps = model.eps(x, torch.full((len(x),), now, device=x.device))
             x = reverse_step(model, x, eps, now, then, mu, gamma, generators if stochastic else None)

@@ -52,9 +52,9 @@ class VillanDiffusion:
             raise ElijahError(f"unknown solver {self.solver!r}: use one of {', '.join(SOLVERS)}")
         return self.tuning(model, images, self.loss, generator=generator, progress=progress)
 
-    def stamp(self, model: Model) -> Tensor:
-        """What the attacker adds to start noise, [1, C, H, W]."""
-        return model.encode(self.trigger.image[None])
+    def start(self, model: Model, e: Tensor) -> Tensor:
+        """Triggered start noise from e [B, C, H, W], in units of the first noise level."""
+        return e + model.encode(self.trigger.image[None]).to(e.device)
 
     def loss(self, model: Model, x0: Tensor, generator: torch.Generator) -> Tensor:
         """The attack's training loss on rows x0 [B, C, H, W] in the model's own range."""

@@ -1,0 +1,156 @@
+"""The firing matrix: which attack fires under which sampler, one model an attack. Judged by the true trigger."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from elijah.attacks.planting import cases
+from elijah.diffusion import Progress, generator_for, no_progress
+from elijah.errors import ElijahError
+from elijah.files import write_file
+from elijah.manifest import Entry, Manifest
+from elijah.metrics import wilson
+from elijah.pictures import Cell, write_sheet
+from elijah.runner import Job, run_jobs
+from elijah.samplers import SAMPLERS, names_for
+from elijah.zoo import build, build_base, firing, read_result
+
+LIMIT = "0.05"  # on the MSE to the target
+SHOWN = 3  # outputs a cell of the picture
+
+
+def first_of_each(manifest: Manifest) -> list[Entry]:
+    """The first model of each attack, told apart by name, kind of model, knobs, and class or image for target."""
+    kinds = {base.id: base.kind for base in manifest.base}
+    found: dict[str, Entry] = {}
+    for entry in manifest.entries():
+        if entry.attack != "clean":
+            key = [entry.attack, kinds[entry.base], entry.knobs, "/" in entry.target and entry.target]
+            found.setdefault(json.dumps(key, sort_keys=True), entry)
+    return list(found.values())
+
+
+def label(entry: Entry, kind: str) -> str:
+    """What a row of the matrix is called."""
+    knobs = [str(v) if isinstance(v, str) else k if v is True else f"{k} {v:g}" for k, v in entry.knobs.items()]
+    parts = [entry.attack, kind if kind != "ddpm" else "", *knobs, entry.target if "/" in entry.target else ""]
+    return " ".join(part for part in parts if part not in ("", "bare"))
+
+
+def columns(entry: Entry, kind: str) -> list[str]:
+    """The samplers of a row, with the papers' numbers of steps; for TrojDiff its own two as well."""
+    own = ["own-ddpm-1000", "own-ddim-50"] if entry.attack == "trojdiff" else []
+    return [f"{name}-{SAMPLERS[name].steps}" for name in names_for(kind == "ncsn")] + own
+
+
+def run_row(manifest: Manifest, name: str, cache: Path, out: Path, n: int) -> None:
+    """Measures one model under every sampler of its kind: out/NAME.json and, for the picture, out/NAME.safetensors."""
+    began = time.monotonic()
+    digests, bases = manifest.digests(), {base.id: base for base in manifest.base}
+    entry = next(e for e in manifest.entries() if e.id == name)
+    base = bases[entry.base]
+    build_base(base, bases, cache, digests)
+    model, attack = build(entry, base, cache, digests[name])
+    e = model.noise(n, generator_for(entry.seed, 1))
+    ordinary = model.pixels(model.sample(e, model.quick_sampler, seed=1))
+    found, shown = {}, {}
+    for sampler, numbers, outputs in firing(attack, base, model, e, columns(entry, base.kind), ordinary):
+        found[sampler], shown[sampler] = numbers, outputs[:SHOWN].contiguous()
+    save_file(shown, cache / f"{name}.outputs.safetensors")
+    result = {"schema_version": 1, "id": name, "settings_sha256": digests[name], "label": label(entry, base.kind),
+              "made_for": entry.samplers[:1], "samples": n, "cases": list(cases(attack)), "samplers": found,
+              "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+    write_file(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+
+
+def firing_matrix(
+    path: Path, manifest: Manifest, *, out: Path, cache: Path, workers: int, n: int, names: list[str],
+    progress: Progress = no_progress,
+) -> str:  # fmt: skip
+    """Measures what is not there yet, writes out/samplers.json, .md and .png, and returns the table.
+
+    cache: as in run_zoo. names: of models; without, the first of each attack.
+    Raises ElijahError for an unknown one, and for failed jobs.
+    """
+    entries = {entry.id: entry for entry in manifest.entries() if entry.attack != "clean"}
+    if unknown := [name for name in names if name not in entries]:
+        raise ElijahError(f"{path}: has no backdoored model {unknown[0]}")
+    rows = names or [entry.id for entry in first_of_each(manifest)]
+    digests = manifest.digests()
+
+    def is_done(name: str) -> bool:
+        found = read_result(out / f"{name}.json")
+        same = found.get("settings_sha256") == digests[name] and found["samples"] == n
+        return same and (weights / f"{name}.outputs.safetensors").is_file()
+
+    weights = cache / manifest.name
+    places = ("--out", str(out), "--cache", str(cache), "--samples", str(n))
+    jobs = [Job(name, (sys.executable, "-m", "elijah", "bench", "row", str(path), name, *places)) for name in rows]
+    failed = run_jobs(jobs, done={name for name in rows if is_done(name)}, out=out, logs=weights / "bench",
+                      workers=workers, what="firing matrix", progress=progress)  # fmt: skip
+    if failed:
+        raise ElijahError(f"{len(failed)} jobs failed, such as {failed[0]}: see {out / failed[0]}.failed.json")
+    results = [read_result(out / f"{name}.json") for name in rows]
+    write_file(out / "samplers.json", json.dumps({"schema_version": 1, "rows": results}, indent=1) + "\n")
+    write_picture(out / "samplers.png", results, weights)
+    table = matrix_table(results)
+    write_file(out / "samplers.md", table)
+    return table
+
+
+def matrix_columns(results: list[dict[str, Any]]) -> list[str]:
+    """All samplers of the rows, stock ones in the order of samplers.SAMPLERS, then own ones."""
+    there = {name.split(" ")[0] for row in results for name in row["samplers"]}
+    stock = [f"{name}-{sampler.steps}" for name, sampler in SAMPLERS.items()]
+    return [name for name in stock if name in there] + sorted(there - set(stock))
+
+
+def matrix_table(results: list[dict[str, Any]]) -> str:
+    """The matrix in Markdown: success in percent, MSE to the target, diversity ratio."""
+    names = matrix_columns(results)
+    lines = [f"| attack | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row in results:
+        for case in row["cases"]:
+            cells = [cell(row["samplers"].get(f"{name} {case}".strip())) for name in names]
+            lines.append(f"| {row['label']} {case} | {' | '.join(cells)} |".replace("  ", " "))
+    n = results[0]["samples"]
+    low, high = (100 * v for v in wilson(n // 2, n))
+    note = (
+        f"A cell: attack success in % (outputs whose MSE to the target is under {LIMIT}; with a class for target, "
+        f"those that the classifier puts into it), MSE to the target, diversity ratio. {n} samples a cell: a success "
+        f"of 50 % has the Wilson interval {low:.0f} to {high:.0f} %."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if "asr" not in found:
+        return f"{100 * found['hit_rate']:.0f}, -, {found['diversity_ratio']:.2f}"
+    return f"{100 * found['asr'][LIMIT]:.0f}, {found['mse']:.3f}, {found['diversity_ratio']:.2f}"
+
+
+def write_picture(path: Path, results: list[dict[str, Any]], cache: Path) -> None:
+    """A row an attack and case, a column a sampler, in each cell some outputs from triggered noise."""
+    names = matrix_columns(results)
+    rows = []
+    for row in results:
+        outputs = load_file(cache / f"{row['id']}.outputs.safetensors")
+        for case in row["cases"]:
+            cells = []
+            for name in names:
+                key = f"{name} {case}".strip()
+                images = outputs.get(key)
+                found = row["samplers"].get(key)
+                caption = cell(found).split(",")[0] + " %" if found else ""
+                cells.append(Cell(None if images is None else images * 2 - torch.ones(1), caption))
+            rows.append((f"{row['label']} {case}".strip(), cells))
+    write_sheet(path, names, rows)

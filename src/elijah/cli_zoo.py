@@ -1,0 +1,187 @@
+"""The command line's groups for many models: zoo and bench. Imports torch only inside a command that needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elijah.console import Talk, emit, run
+from elijah.errors import ElijahError
+from elijah.files import check_output
+from elijah.options import (
+    CacheOption,
+    DetectorsOption,
+    ManifestArgument,
+    QuietOption,
+    RepairsOption,
+    VerboseOption,
+    WorkersOption,
+    ZooOutOption,
+)
+
+if TYPE_CHECKING:
+    from elijah.manifest import Manifest
+
+zoo_app = typer.Typer(no_args_is_help=True, help="Build and judge many models, from a manifest.")
+bench_app = typer.Typer(no_args_is_help=True, help="Compare attacks, samplers, detectors and repairs on a zoo.")
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A base or a model of the manifest.")]
+SamplesOption = Annotated[int, typer.Option(min=2, help="Samples for each cell.")]
+
+
+def _read(manifest: Path, name: str | None = None) -> Manifest:
+    """The manifest, which has a model called name."""
+    from elijah.manifest import read_manifest
+
+    read = read_manifest(manifest)
+    if name is not None and name not in read.needs():
+        raise ElijahError(f"{manifest}: has no model {name}")
+    return read
+
+
+@zoo_app.command("run")
+def zoo_run(
+    manifest: ManifestArgument,
+    out: ZooOutOption,
+    cache: CacheOption = Path("cache"),
+    workers: WorkersOption = 1,
+    detector: DetectorsOption = None,
+    repair: RepairsOption = None,
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Only models whose id contains TEXT.")] = "",
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Build what has no result yet; a run that was stopped goes on. Exits 2 when a job failed twice."""
+
+    def body(talk: Talk) -> int:
+        from elijah.zoo import run_zoo
+
+        read = _read(manifest)
+        failed = run_zoo(
+            manifest, read, out=out, cache=cache, workers=workers, detectors=detector or [],
+            repairs=repair or [], only=only, progress=talk,
+        )  # fmt: skip
+        if failed:
+            raise ElijahError(f"{len(failed)} jobs failed, such as {failed[0]}: see {out / failed[0]}.failed.json")
+        talk.say(f"every model asked for has a result in {out}")
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@zoo_app.command("job")
+def zoo_job(
+    manifest: ManifestArgument,
+    name: IdArgument,
+    out: ZooOutOption,
+    cache: CacheOption = Path("cache"),
+    detector: DetectorsOption = None,
+    repair: RepairsOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Build and judge one model; what `zoo run` starts."""
+
+    def body(talk: Talk) -> int:
+        from elijah.zoo import run_job
+
+        read = _read(manifest, name)
+        run_job(read, name, cache / read.name, out, detector or [], repair or [])
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@zoo_app.command("table")
+def zoo_table(
+    manifest: ManifestArgument,
+    out: ZooOutOption,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Print the results of a zoo as Markdown: success of each attack, and what became of clean samples."""
+
+    def body(talk: Talk) -> int:
+        check_output(output)
+        from elijah.tables import attack_table
+
+        emit(attack_table(_read(manifest), out), output, talk)
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@zoo_app.command("sheet")
+def zoo_sheet(
+    manifest: ManifestArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.png", help="The picture.")],
+    cache: CacheOption = Path("cache"),
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Only models whose id contains TEXT.")] = "",
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Draw trigger, target, and samples with and without the trigger, a row a backdoored model."""
+
+    def body(talk: Talk) -> int:
+        check_output(output)
+        from elijah.tables import models_sheet
+
+        read = _read(manifest)
+        models_sheet(read, cache / read.name, output, only, talk)
+        talk.say(f"wrote {output}")
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@bench_app.command("samplers")
+def bench_samplers(
+    manifest: ManifestArgument,
+    out: ZooOutOption,
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="A row; repeatable. Without: the first model of each attack.")
+    ] = None,
+    cache: CacheOption = Path("cache"),
+    workers: WorkersOption = 1,
+    samples: SamplesOption = 64,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Which attack fires under which sampler: samplers.json, samplers.md and samplers.png in DIR; resumes."""
+
+    def body(talk: Talk) -> int:
+        from elijah.bench import firing_matrix
+
+        read = _read(manifest)
+        table = firing_matrix(
+            manifest, read, out=out, cache=cache, workers=workers, n=samples, names=model or [],
+            progress=talk,
+        )  # fmt: skip
+        emit(table, None, talk)
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@bench_app.command("row")
+def bench_row(
+    manifest: ManifestArgument,
+    name: IdArgument,
+    out: ZooOutOption,
+    cache: CacheOption = Path("cache"),
+    samples: SamplesOption = 64,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """One row of the matrix; what `bench samplers` starts."""
+
+    def body(talk: Talk) -> int:
+        from elijah.bench import run_row
+
+        read = _read(manifest, name)
+        run_row(read, name, cache / read.name, out, samples)
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
