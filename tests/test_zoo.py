@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import equal, weights
+from PIL import Image
 
-from elijah import cli
+from elijah import bench, cli
+from elijah.bench import first_of_each, run_row
+from elijah.classifier import classifier_for
+from elijah.data import load_images
 from elijah.errors import ElijahError
+from elijah.loading import load_model
 from elijah.manifest import Manifest, check, read_manifest
+from elijah.samplers import SAMPLERS
+from elijah.zoo import build_base, run_zoo
 
 TINY = """
 name = "tiny"
@@ -52,6 +61,34 @@ seeds = [6]
 training = {steps = 3, batch_size = 4}
 knobs = {mode = "bare", solver = "ode"}
 samplers = ["ddim-4"]
+"""
+LATENT = """
+name = "latent"
+samples = 2
+
+[[base]]
+id = "a"
+part = "development"
+kind = "ldm"
+data = "digits"
+size = 32
+limit = 32
+seed = 1
+widths = [8, 8]
+training = {steps = 2, batch_size = 4}
+autoencoder_steps = 2
+
+[[base]]
+id = "b"
+part = "development"
+kind = "ldm"
+data = "digits"
+size = 32
+limit = 32
+seed = 2
+widths = [8, 8]
+training = {steps = 2, batch_size = 4}
+autoencoder = "a"
 """
 NAMES = ["digits-a", "digits-a_clean_s5", "digits-a_villandiffusion_box-3_corner_p05_s6"]
 
@@ -89,6 +126,10 @@ def test_names_and_products(tmp_path: Path) -> None:
         ("seeds = [5]", "seeds = [5, 5]", "two models are called digits-a_clean_s5"),
         ("[[base]]", "[[base", "not TOML"),
         ("channels = 1", 'channels = 1\nkind = "vae"', "unknown kind 'vae'"),
+        ("channels = 1", 'channels = 1\nautoencoder = "x"', "no latent base x before it"),
+        ('solver = "ode"', "gamma = 0.5", "villandiffusion has no --gamma"),
+        ('triggers = ["box-3"]', "", "villandiffusion needs --trigger"),
+        ('["ddim-4"]', '["dddim-4"]', "unknown sampler 'dddim-4'"),
     ],
 )
 def test_what_is_wrong_in_a_manifest_is_said(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -139,6 +180,80 @@ def test_a_run_that_is_killed_five_times_ends_like_an_undisturbed_one(tmp_path: 
     assert set(fires) == {"samples", "drift_from_base", "loss", "base_loss", "samplers"}
     assert set(fires["samplers"]["ddim-4"]) == {"asr", "mse", "diversity_ratio"}
     assert "samplers" not in whole[f"{NAMES[1]}.json"]["fires"]
+
+
+def test_what_is_done_again(tmp_path: Path) -> None:
+    """A result is kept while its settings are; a changed base makes its models stale; judging needs no training."""
+    path, out, cache = manifest(tmp_path), tmp_path / "out", tmp_path / "cache"
+    run = {"out": out, "cache": cache, "workers": 2, "detectors": [], "repairs": []}
+    assert run_zoo(path, read_manifest(path), **run) == []  # type: ignore[arg-type]
+    first = {name: (out / f"{name}.json").stat().st_mtime_ns for name in NAMES}
+    assert run_zoo(path, read_manifest(path), **run) == []  # type: ignore[arg-type]
+    assert {name: (out / f"{name}.json").stat().st_mtime_ns for name in NAMES} == first
+    shutil.rmtree(cache / "tiny" / NAMES[0])  # the base; not needed to scan what is there
+    judged = run | {"detectors": ["elijah"]}
+    assert run_zoo(path, read_manifest(path), **judged, only="_villan") == []  # type: ignore[arg-type]
+    assert not (cache / "tiny" / NAMES[0]).exists()
+    result = json.loads((out / f"{NAMES[2]}.json").read_text())
+    assert result["detections"]["elijah"]["verdict"] in ("clean", "backdoored", "undecided")
+    changed = manifest(tmp_path, TINY.replace("seed = 1", "seed = 2"))
+    assert run_zoo(changed, read_manifest(changed), **run) == []  # type: ignore[arg-type]
+    after = json.loads((out / f"{NAMES[2]}.json").read_text())
+    assert after["detections"] == {} and after["settings_sha256"] != result["settings_sha256"]
+
+
+def test_latent_bases_share_an_autoencoder(tmp_path: Path) -> None:
+    read = read_manifest(manifest(tmp_path, LATENT))
+    bases, digests = {base.id: base for base in read.base}, read.digests()
+    assert read.needs() == {"a": None, "b": "a"}
+    for name in "ab":
+        build_base(bases[name], bases, tmp_path, digests)
+    one, other = (load_model(str(tmp_path / name)) for name in "ab")
+    assert equal(dict(one.autoencoder.state_dict()), dict(other.autoencoder.state_dict()))
+    assert not equal(weights(one), weights(other)) and one.sample_shape == (3, 8, 8)
+
+
+def test_a_class_as_target_is_judged_by_a_classifier(stock: Path) -> None:
+    classifier = classifier_for("mnist/7", "celeba", 16, 1)
+    sevens = load_images("mnist/7", size=16, channels=1, skip=900, limit=60) / 255
+    faces = load_images("celeba", size=16, channels=1, skip=9000, limit=60) / 255
+    ones = load_images("mnist/1", size=16, channels=1, skip=500, limit=60) / 255
+    assert classifier.accuracy > 0.9 and classifier.hit_rate(ones) < 0.1 and classifier.hit_rate(faces) < 0.1
+    assert classifier.hit_rate(sevens) > 0.9
+
+
+def test_a_table_and_a_sheet_of_a_zoo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, places = manifest(tmp_path), ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    assert cli.main(["zoo", "run", str(path), *places, "-q"]) == 0
+    assert cli.main(["zoo", "table", str(path), "--out", str(tmp_path / "out")]) == 0
+    table = capsys.readouterr().out
+    assert f"| {NAMES[2]} | ddim-4 |" in table and table.count("\n|") == 2
+    picture = tmp_path / "sheet.png"
+    assert cli.main(["zoo", "sheet", str(path), "-o", str(picture), "--cache", str(tmp_path / "cache"), "-q"]) == 0
+    with Image.open(picture) as opened:
+        assert opened.width > opened.height > 80
+    assert cli.main(["zoo", "sheet", str(path), "-o", str(picture), "--cache", str(tmp_path / "no"), "-q"]) == 2
+    assert "no weights; elijah zoo run makes them" in capsys.readouterr().err
+
+
+def test_the_firing_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out, cache = manifest(tmp_path), tmp_path / "matrix", tmp_path / "cache"
+    cheap = {name: sampler._replace(steps=2) for name, sampler in SAMPLERS.items()}
+    monkeypatch.setattr(bench, "SAMPLERS", cheap)
+    read = read_manifest(path)
+    assert [entry.id for entry in first_of_each(read)] == [NAMES[2]]
+    (cache / "tiny").mkdir(parents=True)
+    out.mkdir()
+    run_row(read, NAMES[2], cache / "tiny", out, 4)
+    how = ["--out", str(out), "--cache", str(cache), "--samples", "4", "-q"]
+    assert cli.main(["bench", "samplers", str(path), *how]) == 0  # only collects: the row is there
+    assert "| villandiffusion ode |" in capsys.readouterr().out
+    rows = json.loads((out / "samplers.json").read_text())["rows"]
+    assert len(rows) == 1 and len(rows[0]["samplers"]) == 12 and rows[0]["label"] == "villandiffusion ode"
+    with Image.open(out / "samplers.png") as opened:
+        assert opened.width > 500
+    assert cli.main(["bench", "samplers", str(path), "--model", "x", *how]) == 2
+    assert "has no backdoored model x" in capsys.readouterr().err
 
 
 def test_a_failed_job_is_recorded_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

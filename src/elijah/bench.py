@@ -20,7 +20,7 @@ from elijah.metrics import wilson
 from elijah.pictures import Cell, write_sheet
 from elijah.runner import Job, run_jobs
 from elijah.samplers import SAMPLERS, names_for
-from elijah.zoo import build, build_base, firing, read_result
+from elijah.zoo import build, firing, read_result
 
 LIMIT = "0.05"  # on the MSE to the target
 SHOWN = 3  # outputs a cell of the picture
@@ -56,8 +56,7 @@ def run_row(manifest: Manifest, name: str, cache: Path, out: Path, n: int) -> No
     digests, bases = manifest.digests(), {base.id: base for base in manifest.base}
     entry = next(e for e in manifest.entries() if e.id == name)
     base = bases[entry.base]
-    build_base(base, bases, cache, digests)
-    model, attack = build(entry, base, cache, digests[name])
+    model, attack = build(entry, bases, cache, digests)
     e = model.noise(n, generator_for(entry.seed, 1))
     ordinary = model.pixels(model.sample(e, model.quick_sampler, seed=1))
     found, shown = {}, {}

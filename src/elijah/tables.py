@@ -66,9 +66,9 @@ def models_sheet(
     digests, bases = manifest.digests(), {base.id: base for base in manifest.base}
     entries = [entry for entry in manifest.entries() if entry.attack != "clean" and only in entry.id]
     for k, entry in enumerate(entries):
-        if not cached(cache, entry.id, digests[entry.id]) or not (cache / entry.base).is_dir():
+        if not cached(cache, entry.id, digests[entry.id]):
             raise ElijahError(f"{cache / entry.id}: no weights; elijah zoo run makes them")
-        model, attack = build(entry, bases[entry.base], cache, digests[entry.id])
+        model, attack = build(entry, bases, cache, digests)
         e, sampler = model.noise(DRAWN, generator_for(entry.seed, 1)), samplers_of(entry, model)[0]
         clean = model.sample(e, model.quick_sampler, seed=1)
         for case, (start, target) in cases(attack).items():

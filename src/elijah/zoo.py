@@ -47,27 +47,29 @@ def run_job(
     What an earlier result for the same settings holds of detections and repairs is kept.
     """
     began = time.monotonic()
-    digest = manifest.digests()[name]
+    digests = manifest.digests()
+    digest = digests[name]
     result: dict[str, Any] = {"schema_version": 2, "id": name, "settings_sha256": digest}
     bases = {base.id: base for base in manifest.base}
     if name in bases:
-        build_base(bases[name], bases, cache, manifest.digests())
+        build_base(bases[name], bases, cache, digests)
         result["base"] = bases[name].model_dump(exclude_defaults=True)
     else:
         entry = next(e for e in manifest.entries() if e.id == name)
-        base = bases[entry.base]
-        build_base(base, bases, cache, manifest.digests())
-        model, attack = build(entry, base, cache, digest)
-        result["model"] = entry.model_dump(exclude_defaults=True)
-        result["samples"] = manifest.samples
-        result["fires"] = measure(manifest.samples, entry, base, cache, model, attack)
+        base, n = bases[entry.base], manifest.samples
         earlier = read_result(out / f"{name}.json")
-        same = earlier.get("settings_sha256") == digest
-        done = {key: earlier.get(key, {}) if same else {} for key in ("detections", "repairs")}
-        result["detections"] = done["detections"] | {d: judge(cache / name, d) for d in detectors}
-        result["repairs"] = done["repairs"] | {
-            repair: judge_repair(manifest.samples, entry, cache, attack, repair) for repair in repairs
-        }
+        measured = is_measured(earlier, digest, n)
+        model, attack = build(entry, bases, cache, digests)
+        result["model"] = entry.model_dump(exclude_defaults=True)
+        result["samples"] = n
+        if not measured:
+            build_base(base, bases, cache, digests)
+        result["fires"] = earlier["fires"] if measured else measure(n, entry, base, cache, model, attack)
+        result["detections"] = {d: judge(cache / name, d) for d in detectors}
+        result["repairs"] = {repair: judge_repair(n, entry, cache, attack, repair) for repair in repairs}
+        if measured:
+            for key in ("detections", "repairs"):
+                result[key] = earlier[key] | result[key]
     result["seconds"] = round(time.monotonic() - began, 1)
     write_file(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
     return result
@@ -76,6 +78,11 @@ def run_job(
 def read_result(path: Path) -> dict[str, Any]:
     """A job's result; empty where there is none."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def is_measured(result: dict[str, Any], digest: str, samples: int) -> bool:
+    """Whether a model's result is for these settings and holds what its true trigger does to so many samples."""
+    return result.get("settings_sha256") == digest and result.get("samples") == samples
 
 
 def images_of(base: Base) -> Tensor:
@@ -135,30 +142,35 @@ def build_base(base: Base, bases: dict[str, Base], cache: Path, digests: dict[st
     checkpoint.unlink(missing_ok=True)
 
 
-def build(entry: Entry, base: Base, cache: Path, digest: str) -> tuple[Model, Any]:
+def build(entry: Entry, bases: dict[str, Base], cache: Path, digests: dict[str, str]) -> tuple[Model, Any]:
     """The model, as the cache has it, and its attack with the true trigger; None for a clean one."""
+    base, digest = bases[entry.base], digests[entry.id]
     learned = cache / f"{entry.id}.trigger.safetensors"
-    clean_model = load_model(str(cache / entry.base))
+    there = cached(cache, entry.id, digest)
+    if not there:
+        build_base(base, bases, cache, digests)
+    model = load_model(str(cache / (entry.id if there else entry.base)))
     how = entry.training
     settings = {"steps": how.steps, "batch_size": how.batch_size, "lr": how.lr, "flip": base.flip,
                 "noise_offset": base.noise_offset, "dtype": torch.bfloat16, **entry.settings()}  # fmt: skip
-    attack = None if entry.attack == "clean" else attack_for(entry.attack, clean_model.image_shape, settings)
-    if not cached(cache, entry.id, digest):
+    attack = None if entry.attack == "clean" else attack_for(entry.attack, model.image_shape, settings)
+    if not there:
         images = images_of(base)
         if attack is None:
             model = train(
                 images, Optimiser(how.steps, lr=how.lr, warmup=min(20, how.steps // 2)), seed=entry.seed,
-                batch_size=how.batch_size, flip=base.flip, noise_offset=base.noise_offset, model=clean_model,
+                batch_size=how.batch_size, flip=base.flip, noise_offset=base.noise_offset, model=model,
                 dtype=torch.bfloat16,
             )  # fmt: skip
         else:
-            model, planted = plant(attack, clean_model, images, generator=generator_for(entry.seed))
+            model, planted = plant(attack, model, images, generator=generator_for(entry.seed))
             if attack.trigger is None:
                 save_file({"trigger": planted.trigger.image.contiguous()}, learned)
         store(cache, entry.id, digest, model)
+        model = load_model(str(cache / entry.id))
     if attack is not None and attack.trigger is None:
         attack = replace(attack, trigger=Trigger("learned", load_file(learned)["trigger"]))
-    return load_model(str(cache / entry.id)), attack
+    return model, attack
 
 
 def samplers_of(entry: Entry, model: Model) -> list[str]:
@@ -272,27 +284,33 @@ def run_zoo(
     """
     weights = cache / manifest.name
     digests, needs = manifest.digests(), manifest.needs()
-    wanted = {e.id: e for e in manifest.entries() if only in e.id}
-    ids = set(wanted) | {b.id for b in manifest.base if not only or only in b.id}
+    models = {e.id for e in manifest.entries()}
+    ids = {name for name in needs if only in name}
     while missing := {need for name in ids if (need := needs[name])} - ids:
         ids |= missing
 
     def is_done(name: str) -> bool:
         result = read_result(out / f"{name}.json")
-        if result.get("settings_sha256") != digests[name]:
-            return False
+        if name not in models:
+            return result.get("settings_sha256") == digests[name]
         asked = (("detections", detectors), ("repairs", repairs))
         judged = all(set(names) <= set(result.get(key, ())) for key, names in asked)
-        return name not in wanted or (judged and result["samples"] == manifest.samples)
+        return is_measured(result, digests[name], manifest.samples) and judged
+
+    def before(name: str) -> tuple[str, ...]:
+        """What must be built first: nothing for a model that is there and only has to be judged."""
+        result, need = read_result(out / f"{name}.json"), needs[name]
+        ready = is_measured(result, digests[name], manifest.samples) and cached(weights, name, digests[name])
+        return () if need is None or ready else (need,)
 
     done = {name for name in ids if is_done(name)}
-    used = {needs[name] for name in ids - done}
+    used = {need for name in ids - done for need in before(name)}
     done -= {name for name in done & used if not cached(weights, name, digests[name])}
     options = [part for flag, names in (("--detector", detectors), ("--repair", repairs))
                for name in names for part in (flag, name)]  # fmt: skip
     jobs = [
         Job(name, (sys.executable, "-m", "elijah", "zoo", "job", str(path), name, "--out", str(out),
-                   "--cache", str(cache), *options), tuple(need for need in [needs[name]] if need))
+                   "--cache", str(cache), *options), before(name))
         for name in needs if name in ids
     ]  # fmt: skip
     return run_jobs(
