@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -301,29 +300,23 @@ def fid_one(*parts: str) -> dict[str, Any]:
 
 def run(workers: int) -> int:
     """Runs what is missing, `workers` at a time, in order; a job waits for the files of those that it needs."""
-    waiting, running, failed = [j for j in jobs() if not result_file(j).exists()], {}, []
-    print(f"{len(waiting)} jobs to do", file=sys.stderr)
-    while waiting or running:
-        for job in list(waiting):
-            if len(running) < workers and all(result_file(n).exists() for n in needs(job)):
-                waiting.remove(job)
-                log = (STUDY.cache / ("_".join(job) + ".log")).open("w")
-                command = [sys.executable, __file__, STUDY.name, "job", *job]
-                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                running[subprocess.Popen(command, env=environment, stdout=log, stderr=log)] = job
-        if not running:
-            break
-        time.sleep(0.5)
-        for process in [p for p in running if p.poll() is not None]:
-            job = running.pop(process)
-            if process.returncode:
-                failed.append(job)
-            print(
-                f"{'failed' if process.returncode else 'done'}: {' '.join(job)} ({len(waiting)} left)", file=sys.stderr
-            )
-    for job in [*failed, *waiting]:
-        print(f"not done: {' '.join(job)}; see {STUDY.cache / ('_'.join(job) + '.log')}", file=sys.stderr)
-    return 1 if failed or waiting else 0
+    from elijah.runner import Job, run_jobs
+
+    every = [
+        Job(result_file(job).stem, (sys.executable, __file__, STUDY.name, "job", *job), tuple(stems(needs(job))))
+        for job in jobs()
+    ]
+    done = {job.name for job in every if (STUDY.results / f"{job.name}.json").exists()}
+    failed = run_jobs(every, done=done, out=STUDY.results, logs=STUDY.cache, workers=workers, progress=tell)
+    return 1 if failed else 0
+
+
+def stems(jobs: list[tuple[str, ...]]) -> list[str]:
+    return [result_file(job).stem for job in jobs]
+
+
+def tell(what: str, done: int, of: int) -> None:
+    print(f"{what}: {done} of {of}", file=sys.stderr)
 
 
 def needs(job: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -59,6 +59,7 @@ class Base(Strict):
     widths: tuple[int, ...] | None = None
     training: Training
     autoencoder_steps: int = Field(2000, ge=1)  # of latent bases
+    fid: int = Field(0, ge=0)  # samples for the FID of the base and of each of its models; 0: none
     autoencoder: str | None = None  # the latent base whose autoencoder is used, in place of a new one
 
 

@@ -27,10 +27,18 @@ from elijah.clean import clean
 from elijah.data import load_images
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError, Unsupported
+from elijah.features import inception_features
 from elijah.files import write_file, write_folder
 from elijah.loading import load_model
 from elijah.manifest import Base, Entry, Manifest
-from elijah.metrics import attack_success, diversity_ratio, mse_to_target, paired_drift
+from elijah.metrics import (
+    attack_success,
+    diversity_ratio,
+    fid_bootstrap,
+    fid_from_features,
+    mse_to_target,
+    paired_drift,
+)
 from elijah.runner import Job, run_jobs
 from elijah.scan import scan
 from elijah.training import Optimiser, denoising_loss, train
@@ -54,6 +62,7 @@ def run_job(
     if name in bases:
         build_base(bases[name], bases, cache, digests)
         result["base"] = bases[name].model_dump(exclude_defaults=True)
+        result["fid"] = fid(bases[name], cache, load_model(str(cache / name)))
     else:
         entry = next(e for e in manifest.entries() if e.id == name)
         base, n = bases[entry.base], manifest.samples
@@ -194,6 +203,8 @@ def measure(n: int, entry: Entry, base: Base, cache: Path, model: Model, attack:
     result: dict[str, Any] = {
         "samples": n, "drift_from_base": paired_drift(before, after), "loss": losses[1], "base_loss": losses[0]
     }  # fmt: skip
+    if base.fid:
+        result["fid"] = fid(base, cache, model)
     if attack is None:
         return result
     samplers = samplers_of(entry, model)
@@ -217,6 +228,19 @@ def firing(
             if target.images is not None:
                 found["hit_rate_of_clean_outputs"] = judge_outputs(ordinary)["hit_rate"]
             yield f"{sampler} {case}".strip(), found, outputs
+
+
+def fid(base: Base, cache: Path, model: Model) -> dict[str, Any] | None:
+    """The FID of base.fid clean samples against the base's first 4000 images, with its bootstrap interval."""
+    if not base.fid:
+        return None
+    file = cache / f"{base.id}.inception.safetensors"
+    if not file.is_file():
+        save_file({"features": inception_features(images_of(base)[:4000], dtype=torch.bfloat16)}, file)
+    real, e = load_file(file)["features"], model.noise(base.fid, generator_for(777))
+    fake = inception_features(model.pixels(model.sample(e, model.quick_sampler, seed=7)), dtype=torch.bfloat16)
+    low, high = fid_bootstrap(fake, real, n_boot=20)
+    return {"fid": fid_from_features(fake, real), "low": low, "high": high, "images": base.fid}
 
 
 def target_judge(target: Target, base: Base) -> Callable[[Tensor], dict[str, Any]]:
