@@ -45,6 +45,7 @@ from elijah.training import Optimiser, denoising_loss, train
 from elijah.trigger import Target, Trigger
 
 HELD_OUT = 512  # images beyond those of the training, for the denoising loss
+REFERENCE = 2048  # images that a FID is against
 
 
 def run_job(
@@ -231,12 +232,12 @@ def firing(
 
 
 def fid(base: Base, cache: Path, model: Model) -> dict[str, Any] | None:
-    """The FID of base.fid clean samples against the base's first 4000 images, with its bootstrap interval."""
+    """The FID of base.fid clean samples against REFERENCE of the base's images, with its bootstrap interval."""
     if not base.fid:
         return None
     file = cache / f"{base.id}.inception.safetensors"
     if not file.is_file():
-        save_file({"features": inception_features(images_of(base)[:4000], dtype=torch.bfloat16)}, file)
+        save_file({"features": inception_features(images_of(base)[:REFERENCE], dtype=torch.bfloat16)}, file)
     real, e = load_file(file)["features"], model.noise(base.fid, generator_for(777))
     fake = inception_features(model.pixels(model.sample(e, model.quick_sampler, seed=7)), dtype=torch.bfloat16)
     low, high = fid_bootstrap(fake, real, n_boot=20)
