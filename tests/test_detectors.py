@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from torch.nn.functional import cosine_similarity
 import elijah
 from elijah.detection import Detection, Evidence
 from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit
-from elijah.detectors.hypothesis import FAMILIES, REACH, Hypothesis, antithetic, loss_ratio
+from elijah.detectors.hypothesis import (
+    FAMILIES,
+    RANDOM_STARTS,
+    REACH,
+    Hypothesis,
+    antithetic,
+    coloured,
+    loss_ratio,
+    spectrum,
+)
 from elijah.detectors.lossfit import VERDICTS, pull
 from elijah.diffusion import Model, generator_for
 from elijah.response import Response, trigger_coefficient
@@ -269,3 +279,57 @@ def test_these_files_know_diffusers() -> None:
         if any(name.split(".")[0] == "diffusers" for name in imports(ast.parse(path.read_text())))
     }
     assert users == {"allowed.py", "bases.py", "diffusion.py", "loading.py", "samplers.py", "training.py"}
+
+
+# --- the fit's parts --------------------------------------------------------------------------------------------------
+
+
+def test_coloured_noise_has_its_spectrum() -> None:
+    """White noise through coloured has power density 1 / f^(2 power), flat below a period of 16, and variance 1."""
+    u = torch.randn(400, 32, 32, generator=generator_for(1))
+    density = torch.fft.rfft2(coloured(u, 1.5)).abs().square().mean(0) / 32**2
+    assert density[8, 0] / density[2, 0] == pytest.approx(4.0**-3, rel=0.25)
+    assert density[1, 0] / density[2, 0] == pytest.approx(1.0, rel=0.25)
+    assert coloured(u, 1.5).var() == pytest.approx(1.0, abs=0.3)
+    assert torch.allclose(coloured(u, 0.0), u, atol=1e-5)
+    gain = spectrum(u, 1.5)
+    assert gain.square().mean() == pytest.approx(1.0) and gain.max() == gain[0, 0]
+
+
+def hypothesis(r: torch.Tensor, y: torch.Tensor) -> Hypothesis:
+    """The hypothesis of family half whose trigger is r and target y; |r| below REACH."""
+    return Hypothesis(FAMILIES[0], 0.0, torch.atanh(r / REACH), torch.zeros(()), torch.atanh(y))
+
+
+def small_pattern() -> tuple[Model, torch.Tensor, torch.Tensor]:
+    """A backdoored oracle at 16 x 16 whose trigger is a 4 x 4 square of random signs."""
+    r = torch.zeros(1, 16, 16)
+    r[:, 9:13, 9:13] = torch.randn(1, 4, 4, generator=generator_for(3)).sign() * 0.9
+    y = torch.full((1, 16, 16), 0.3)
+    return oracle((1, 16, 16), r=r, y=y), r, y
+
+
+def test_move_finds_the_place_that_a_gradient_does_not() -> None:
+    model, r, y = small_pattern()
+    away = hypothesis(r.roll((2, -3), (-2, -1)), y)
+    found = LossFit(refine_iterations=1, refine_lr=0.0).move(model, away, generator_for(0))
+    assert torch.allclose(found.r, r, atol=1e-4) and not torch.allclose(away.r, r, atol=1e-1)
+    assert found.loss_ratio < 0.5
+
+
+def test_restart_takes_random_starts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps the family, forgets the hypothesis, and ends with the longer fit."""
+    model, r, y = truth(0)
+    seen: list[Any] = []
+    usual = LossFit.best_start
+
+    def best_start(self: LossFit, m: Model, family: Any, g: torch.Generator, starts: Any) -> Hypothesis:
+        seen.append(starts)
+        return usual(self, m, family, g, starts)
+
+    monkeypatch.setattr(LossFit, "best_start", best_start)
+    stuck = replace(hypothesis(torch.zeros_like(r) + 0.5, y), loss_ratio=5.0)
+    found = LossFit().restart(model, stuck, generator_for(0))
+    assert seen == [RANDOM_STARTS] and all(level is None for _, level, _ in RANDOM_STARTS)
+    assert found.family is stuck.family and found.loss_ratio < found.family.max_if_fires and alike(found.r, r) > 0.9
+    assert stuck.loss_ratio == 5.0

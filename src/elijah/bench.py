@@ -15,7 +15,7 @@ from elijah.attacks.planting import cases
 from elijah.diffusion import Progress, generator_for, no_progress
 from elijah.errors import ElijahError
 from elijah.files import write_file
-from elijah.manifest import Entry, Manifest
+from elijah.manifest import Base, Entry, Manifest
 from elijah.metrics import wilson
 from elijah.pictures import Cell, write_sheet
 from elijah.runner import Job, run_jobs
@@ -27,21 +27,22 @@ SHOWN = 3  # outputs a cell of the picture
 
 
 def first_of_each(manifest: Manifest) -> list[Entry]:
-    """The first model of each attack, told apart by name, kind of model, knobs, and class or image for target."""
-    kinds = {base.id: base.kind for base in manifest.base}
+    """The first model of each attack; attacks are told apart by what a row is called."""
+    bases = {base.id: base for base in manifest.base}
     found: dict[str, Entry] = {}
     for entry in manifest.entries():
         if entry.attack != "clean":
-            key = [entry.attack, kinds[entry.base], entry.knobs, "/" in entry.target and entry.target]
-            found.setdefault(json.dumps(key, sort_keys=True), entry)
+            found.setdefault(label(entry, bases[entry.base]), entry)
     return list(found.values())
 
 
-def label(entry: Entry, kind: str) -> str:
-    """What a row of the matrix is called."""
-    knobs = [str(v) if isinstance(v, str) else k if v is True else f"{k} {v:g}" for k, v in entry.knobs.items()]
-    parts = [entry.attack, kind if kind != "ddpm" else "", *knobs, entry.target if "/" in entry.target else ""]
-    return " ".join(part for part in parts if part not in ("", "bare"))
+def label(entry: Entry, base: Base) -> str:
+    """What a row of the matrix is called: attack, kind of model, knobs, and for a class as target its sort."""
+    shown = {k: v for k, v in entry.knobs.items() if k not in ("mode", "sampler_steps", "samples", "rate")}
+    knobs = [str(v) if isinstance(v, str) else k if v is True else f"{k} {v:g}" for k, v in shown.items()]
+    own = entry.target.partition("/")[0] == base.data
+    sort = ("In-D2D" if own else "Out-D2D") if "/" in entry.target else ""
+    return " ".join(part for part in (entry.attack, base.kind if base.kind != "ddpm" else "", *knobs, sort) if part)
 
 
 def columns(entry: Entry, kind: str) -> list[str]:
@@ -63,7 +64,7 @@ def run_row(manifest: Manifest, name: str, cache: Path, out: Path, n: int) -> No
     for sampler, numbers, outputs in firing(attack, base, model, e, columns(entry, base.kind), ordinary):
         found[sampler], shown[sampler] = numbers, outputs[:SHOWN].contiguous()
     save_file(shown, cache / f"{name}.outputs.safetensors")
-    result = {"schema_version": 1, "id": name, "settings_sha256": digests[name], "label": label(entry, base.kind),
+    result = {"schema_version": 1, "id": name, "settings_sha256": digests[name], "label": label(entry, base),
               "made_for": entry.samplers[:1], "samples": n, "cases": list(cases(attack)), "samplers": found,
               "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
     write_file(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
