@@ -263,3 +263,28 @@ def test_a_failed_job_is_recorded_and_said(tmp_path: Path, capsys: pytest.Captur
     assert "3 jobs failed, such as digits-a" in capsys.readouterr().err
     recorded = json.loads((out / "digits-a.failed.json").read_text())
     assert recorded["exit_code"] == 2 and "no such folder" in " ".join(recorded["log"])
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "zoo").glob("*.toml")), ids=lambda p: p.name)
+def test_the_manifests_are_right(path: Path) -> None:
+    read = read_manifest(path)
+    for entry in read.entries():
+        base = next(b for b in read.base if b.id == entry.base)
+        assert entry.samplers or entry.attack in ("clean", "trojdiff") or base.kind == "ncsn", entry.id
+
+
+def test_the_small_zoo_has_its_counts() -> None:
+    """230 clean and 120 backdoored models, 24 of them at 32 x 32; two bases of each data set in each part."""
+    read = read_manifest(Path(__file__).parent.parent / "zoo" / "small.toml")
+    entries, bases = read.entries(), {base.id: base for base in read.base}
+    clean = [e.part for e in entries if e.attack == "clean"]
+    assert (clean.count("calibration"), clean.count("test"), len(entries) - len(clean)) == (100, 130, 120)
+    assert sum(bases[e.base].size == 32 for e in entries) == 24
+    small = [(b.part, b.data) for b in read.base if b.size == 16 and b.kind == "ddpm"]
+    assert all(
+        small.count((part, data)) == 2 for part in ("calibration", "test") for data in ("cifar10", "celeba", "mnist")
+    )
+    images = [(b.data, b.part, set(range(b.skip, b.skip + (b.limit or 0)))) for b in read.base]
+    assert not any(
+        one[0] == other[0] and one[1] != other[1] and one[2] & other[2] for one in images for other in images
+    )
