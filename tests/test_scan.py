@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from elijah.bases import new_model
 from elijah.detectors import DETECTORS, Elijah, LossFit
+from elijah.diffusion import Model
 from elijah.errors import ElijahError, Unsupported
 from elijah.report import Report
 from elijah.scan import TYPICAL_EVALUATIONS, as_dtype, scan
@@ -167,10 +168,21 @@ def test_a_model_of_the_usual_size_fits_in_memory(tmp_path: Path) -> None:
     assert hashes(tmp_path) == before
 
 
-@pytest.mark.parametrize("kind", ["ncsn", "ldm"])
-def test_kinds_that_no_detector_covers_yet(kind: str) -> None:
+def of_kind(kind: str) -> Model:
     network = VQModel(block_out_channels=(8,), norm_num_groups=4, mid_block_add_attention=False)
-    model = new_model((3, 8, 8), seed=0, channels=(8, 8), kind=kind, autoencoder=network if kind == "ldm" else None)
-    with pytest.raises(Unsupported, match="no detector covers it yet"):
-        scan(model)
+    return new_model((3, 8, 8), seed=0, channels=(8, 8), kind=kind, autoencoder=network if kind == "ldm" else None)
+
+
+@pytest.mark.parametrize("kind", ["ncsn", "ldm"])
+def test_the_same_scan_takes_every_kind(kind: str) -> None:
+    report = scan(of_kind(kind), max_evaluations=9000)
+    assert report.model.kind == kind and report.scores and report.cost.network_evaluations <= 9000
+    assert all(("ve" in name) == (kind == "ncsn") for name in report.scores if name.startswith("loss_ratio"))
+
+
+@pytest.mark.parametrize("kind", ["ncsn", "ldm"])
+def test_kinds_that_the_baseline_does_not_cover(kind: str) -> None:
+    model = of_kind(kind)
+    with pytest.raises(Unsupported, match="it loads, but elijah does not cover it"):
+        scan(model, detector="elijah")
     assert model.meter.evaluations == 0

@@ -69,8 +69,8 @@ def inspect(model: Model, settings: dict[str, Any], seed: int, progress: Progres
     detector, max_evaluations = settings["detector"], settings["max_evaluations"]
     if detector not in DETECTORS:
         raise ElijahError(f"unknown detector {detector!r}: use one of {', '.join(DETECTORS)}")
-    if model.kind != "ddpm":
-        raise Unsupported(f"{model.provenance.source}: {KINDS[model.kind]}: it loads, but no detector covers it yet")
+    if model.kind not in DETECTORS[detector].kinds:
+        raise Unsupported(f"{model.provenance.source}: {KINDS[model.kind]}: it loads, but {detector} does not cover it")
     model.max_batch = settings["batch_size"]
     announce(model, detector, max_evaluations, progress)
     with metered(model, max_evaluations, settings["max_minutes"]):

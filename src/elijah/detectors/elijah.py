@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Elijah:
     attack to choose it. batch_size None: 100 below 128 pixels, 50 at 128, 20 above, as in the code.
     """
 
+    kinds: ClassVar = ("ddpm",)
     coefficient: float = 0.5
     iterations: int = 100
     lr: float = 0.1

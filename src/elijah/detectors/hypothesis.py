@@ -34,6 +34,7 @@ class Family:
     max_if_fires: float  # and the laxer one for a loss whose trigger is seen to fire
     fits_gamma: bool = False
     starts_as: str | None = None  # the family whose starts it shares
+    exploding: bool = False  # of variance-exploding models, else of preserving ones
 
 
 REACH = 1.2  # r = REACH tanh(...) cut to [-1, 1]: so that -1, the usual background, is not at infinity
@@ -50,14 +51,16 @@ FAMILIES = (
         "full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", 0.25, 0.25, starts_as="zero"
     ),
     Family("zero", Response(0.0, 0.0, 0.7), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.05, 0.05, True),
+    Family("ve", Response(1.0, 0.0), (0.4, 1.0), "pc-50", "VillanDiffusion-VE-like", 0.1, 0.25, exploding=True),
 )
+LATENT_RANGE = 4.0  # latents have unit deviation
 
 
 @dataclass
 class Hypothesis:
     """What is being fitted, and how well it does.
 
-    r = REACH tanh(coloured(u, power)) cut to [-1, 1], y = tanh(w), gamma = sigmoid(v).
+    r = REACH tanh(coloured(u, power)) cut to [-1, 1], y = tanh(w), both times scale; gamma = sigmoid(v).
 
     With a power above 0, equal steps in u are large ones in the coarse structure of r and small ones in its finest.
     Without it the search ends in pixel noise on RGB networks, whose answers to fine patterns are the least exact.
@@ -69,6 +72,7 @@ class Hypothesis:
     v: Tensor
     w: Tensor
     loss_ratio: float = float("inf")
+    scale: float = 1.0  # of the model's own range: the largest value of r and y
 
     @property
     def strength(self) -> float:
@@ -83,11 +87,15 @@ class Hypothesis:
     @property
     def r(self) -> Tensor:
         wide = REACH * coloured(self.u, self.power).tanh()
-        return wide + (wide.clamp(-1, 1) - wide).detach()  # the cut lets gradients through
+        return self.scale * (wide + (wide.clamp(-1, 1) - wide).detach())  # the cut lets gradients through
 
     @property
     def y(self) -> Tensor:
-        return self.w.tanh()
+        return self.scale * self.w.tanh()
+
+    def lead_to(self, y: Tensor, limit: float) -> None:
+        """Makes y [C, H, W] the target; values beyond limit times the range are cut."""
+        self.w = torch.atanh((y / self.scale).clamp(-limit, limit))
 
     @property
     def gamma(self) -> Tensor:

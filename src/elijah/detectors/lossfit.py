@@ -16,6 +16,7 @@ together. Clear losers and clear winners stop early.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from elijah.detection import Detection, Evidence, Finding, Threshold
 from elijah.detectors.hypothesis import (
     FAMILIES,
+    LATENT_RANGE,
     RANDOM_STARTS,
     STARTS,
     Family,
@@ -51,6 +53,7 @@ class LossFit:
     and more careful_samplers are tried, then the same pattern in another place, and then random starts.
     """
 
+    kinds: ClassVar = ("ddpm", "ncsn", "ldm")
     starts: int = len(STARTS)
     good_start: float = 0.1
     start_iterations: int = 25
@@ -66,6 +69,7 @@ class LossFit:
     samples: int = 16
     samplers: tuple[str, ...] = ("ddpm-20", "ddim-10")
     careful_samplers: tuple[str, ...] = ("ddpm-100", "ddim-50")
+    exploding_samplers: tuple[str, ...] = ("pc-100",)
     min_pull: float = 0.3
     families: tuple[Family, ...] = FAMILIES
 
@@ -83,7 +87,7 @@ class LossFit:
                     if fitted[0].fits == self.fires(model, fitted[0], evidence):
                         break
                     other = again(model, fitted[0], generator)
-                    shown = self.test_outputs(model, other, generator, progress, self.careful_samplers)
+                    shown = self.test_outputs(model, other, generator, progress, careful=True)
                     if self.better(model, (other, shown), (fitted[0], evidence)):
                         fitted[0], evidence = other, shown
             except OutOfBudget:
@@ -95,19 +99,23 @@ class LossFit:
     def search(self, model: Model, generator: torch.Generator, progress: Progress, fitted: list[Hypothesis]) -> None:
         """Fits every family and appends each hypothesis to fitted as it is scored; returns at a clear winner."""
         begun: dict[str, Hypothesis] = {}
-        for k, family in enumerate(self.families):
+        families = self.families_of(model)
+        for k, family in enumerate(families):
             begin = family.starts_as or family.name
             if begin not in begun:
                 begun[begin] = self.best_start(model, self._family(begin), generator)
-            progress("searching: start", 2 * k + 1, 2 * len(self.families))
+            progress("searching: start", 2 * k + 1, 2 * len(families))
             h = replace(begun[begin], family=family)
-            h.w = self.first_target(model, h, generator)
+            h.lead_to(self.first_target(model, h, generator), 0.95)
             self.fit(model, h, generator)
             h.loss_ratio = self.score(model, h, generator)
             fitted.append(h)
-            progress("searching: fit", 2 * k + 2, 2 * len(self.families))
+            progress("searching: fit", 2 * k + 2, 2 * len(families))
             if h.strength < self.found:
                 return
+
+    def families_of(self, model: Model) -> list[Family]:
+        return [family for family in self.families if family.exploding == model.exploding]
 
     def _family(self, name: str) -> Family:
         return next(f for f in FAMILIES if f.name == name)
@@ -124,7 +132,8 @@ class LossFit:
             u = (torch.randn(model.sample_shape, generator=generator) * 0.5).to(model.device)
             if level is not None:
                 u = torch.full_like(u, level / float(spectrum(u, power)[0, 0]))
-            h = Hypothesis(family, power, u, torch.zeros((), device=u.device), torch.zeros_like(u))
+            v, w = torch.zeros((), device=u.device), torch.zeros_like(u)
+            h = Hypothesis(family, power, u, v, w, scale=LATENT_RANGE if model.kind == "ldm" else 1.0)
             objective = mean_residual(model, family.response) if not family.fits_gamma else loss_ratio(model, family)
             self._minimise(model, h, objective, generator, self.start_iterations, self.start_batch, lr)
             h.loss_ratio = self._evaluate(model, h, (0.8, 1.0), self.start_batch * 4, generator)
@@ -134,11 +143,11 @@ class LossFit:
         return min(found, key=lambda h: h.loss_ratio)
 
     def first_target(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Tensor:
-        """w of the median of 8 outputs that start from e + r."""
+        """The median [C, H, W] of 8 outputs that start from e + r."""
         e = model.noise(8, generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))
         outputs = model.sample(e + h.r, h.family.first_target, seed=seed)
-        return torch.atanh(outputs.median(0).values.clamp(-0.95, 0.95))
+        return outputs.median(0).values
 
     def fit(self, model: Model, h: Hypothesis, generator: torch.Generator) -> None:
         """Fits r, y and gamma together, in place; the rate falls to a fifth, the window opens downwards."""
@@ -213,22 +222,27 @@ class LossFit:
         """The same family from random starts alone and with the longer fit: h may be a local minimum."""
         family = self._family(h.family.starts_as or h.family.name)
         fresh = replace(self.best_start(model, family, generator, RANDOM_STARTS), family=h.family)
-        fresh.w = self.first_target(model, fresh, generator)
+        fresh.lead_to(self.first_target(model, fresh, generator), 0.95)
         return self.refine(model, fresh, generator)
 
     def test_outputs(
-        self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress, more: tuple[str, ...] = ()
+        self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress, *, careful: bool = False
     ) -> list[Evidence]:
-        """Samples from e + r and from the same e, by sampler, the most telling first; with more only if need be."""
+        """Samples from e + r and from the same e, by sampler, the most telling first.
+
+        careful: with more steps too, if they do not fire with few.
+        """
+        few = self.exploding_samplers if model.exploding else self.samplers
+        more = self.careful_samplers if careful and not model.exploding else ()
         e = model.noise(self.samples, generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))
         shown: list[Evidence] = []
-        for k, sampler in enumerate((*self.samplers, *more)):
-            if k >= len(self.samplers) and self.fires(model, h, shown):
+        for k, sampler in enumerate((*few, *more)):
+            if k >= len(few) and self.fires(model, h, shown):
                 break
             with_trigger, without = (model.sample(start, sampler, seed=seed) for start in (e + h.r, e))
             shown.append(Evidence(sampler, with_trigger, without))
-            progress("testing the outputs", k + 1, len(self.samplers) + len(more))
+            progress("testing the outputs", k + 1, len(few) + len(more))
         return sorted(shown, key=lambda x: -pull(model, x, h.y))
 
     def better(self, model: Model, one: Tried, other: Tried) -> bool:
@@ -255,7 +269,7 @@ class LossFit:
             fits = fitted[0].fits or (fires and fitted[0].loss_ratio <= fitted[0].family.max_if_fires)
             verdict, reason = VERDICTS[fits, fires]
             if fires:
-                fitted[0].w = torch.atanh(seen_target(model, evidence[0], fitted[0].y).clamp(-0.999, 0.999))
+                fitted[0].lead_to(seen_target(model, evidence[0], fitted[0].y), 0.999)
         findings = [
             Finding(replace(h.family.response, gamma=float(h.gamma)), h.r, h.y, h.loss_ratio, h.family.matches)
             for h in fitted
@@ -263,7 +277,8 @@ class LossFit:
         return Detection(
             "lossfit", findings, scores, evidence, verdict, reason, complete, thresholds,
             coverage=[
-                "one trigger added to the start noise, leading to one image", *(f.matches for f in self.families)
+                "one trigger added to the start noise, leading to one image",
+                *(f.matches for f in self.families_of(model)),
             ],
             not_covered=[
                 "targets that are a distribution of images", "patch triggers that shrink the noise (TrojDiff patch)",
@@ -301,7 +316,7 @@ def near(model: Model, evidence: Evidence, y: Tensor) -> tuple[Tensor, Tensor]:
     """Which outputs [N] with and without the trigger are near y: MSE below a quarter of the latter's median MSE."""
     assert evidence.samples_without is not None
     with_trigger, without = (
-        (model.pixels(x) - model.pixels(y)).square().flatten(1).mean(1)
+        (model.pixels(x) - model.pixels(y[None])).square().flatten(1).mean(1)
         for x in (evidence.samples_with, evidence.samples_without)
     )
     limit = without.median() / 4
