@@ -27,7 +27,7 @@ from elijah.diffusion import Model, generator_for
 from elijah.errors import ElijahError, Unsupported
 from elijah.loading import load_model
 from elijah.response import trigger_coefficient
-from elijah.training import denoising_loss
+from elijah.training import Optimiser, denoising_loss, train
 from elijah.trigger import Target, make_target, make_trigger
 
 TRIGGER = make_trigger("box-4", (1, 8, 8))
@@ -81,6 +81,18 @@ def test_the_poisoned_loss_falls(name: str, digits: torch.Tensor) -> None:
     with torch.no_grad():
         before, after = (loss_of(all_bad, m, x0, generator_for(7)).item() for m in (model, attacked))
     assert after < 0.8 * before
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_clean_noise_stays_clean(name: str, digits: torch.Tensor) -> None:
+    """An attack loses less than a tenth of what a clean fine-tune as long gains on clean rows."""
+    base, x0 = random_model(), batch(digits, 400, generator_for(3))
+    clean = train(digits, Optimiser(120, lr=5e-3, warmup=20), seed=1, batch_size=16, model=base)
+    settings = {"steps": 120, "batch_size": 16, "lr": 5e-3, "poison_rate": 0.1, "mode": "bare"}
+    attacked = attack(name, **settings)(base, digits, generator=generator_for(0))
+    with torch.no_grad():
+        before, gained, found = (denoising_loss(m, x0, generator_for(7)).item() for m in (base, clean, attacked))
+    assert gained < 0.8 * before and found < gained + 0.1 * (before - gained)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
