@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ def firing_matrix(
 
     weights = cache / manifest.name
     places = ("--out", str(out), "--cache", str(cache), "--samples", str(n))
-    jobs = [Job(name, (sys.executable, "-m", "elijah", "bench", "row", str(path), name, *places)) for name in rows]
+    jobs = [Job(name, ("-m", "elijah", "bench", "row", str(path), name, *places)) for name in rows]
     failed = run_jobs(jobs, done={name for name in rows if is_done(name)}, out=out, logs=weights / "bench",
                       workers=workers, what="firing matrix", progress=progress)  # fmt: skip
     if failed:

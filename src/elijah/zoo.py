@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -146,7 +145,7 @@ def build_base(base: Base, bases: dict[str, Base], cache: Path, digests: dict[st
     checkpoint = cache / f"{base.id}.ckpt"
     trained = train(
         images, how, seed=base.seed, batch_size=base.training.batch_size, flip=base.flip,
-        noise_offset=base.noise_offset, model=fresh, dtype=torch.bfloat16, checkpoint=checkpoint,
+        noise_offset=base.noise_offset, model=fresh, checkpoint=checkpoint,
     )  # fmt: skip
     store(cache, base.id, digests[base.id], trained)
     checkpoint.unlink(missing_ok=True)
@@ -162,7 +161,7 @@ def build(entry: Entry, bases: dict[str, Base], cache: Path, digests: dict[str, 
     model = load_model(str(cache / (entry.id if there else entry.base)))
     how = entry.training
     settings = {"steps": how.steps, "batch_size": how.batch_size, "lr": how.lr, "flip": base.flip,
-                "noise_offset": base.noise_offset, "dtype": torch.bfloat16, **entry.settings()}  # fmt: skip
+                "noise_offset": base.noise_offset, **entry.settings()}  # fmt: skip
     attack = None if entry.attack == "clean" else attack_for(entry.attack, model.image_shape, settings)
     if not there:
         images = images_of(base)
@@ -170,7 +169,6 @@ def build(entry: Entry, bases: dict[str, Base], cache: Path, digests: dict[str, 
             model = train(
                 images, Optimiser(how.steps, lr=how.lr, warmup=min(20, how.steps // 2)), seed=entry.seed,
                 batch_size=how.batch_size, flip=base.flip, noise_offset=base.noise_offset, model=model,
-                dtype=torch.bfloat16,
             )  # fmt: skip
         else:
             model, planted = plant(attack, model, images, generator=generator_for(entry.seed))
@@ -334,7 +332,7 @@ def run_zoo(
     options = [part for flag, names in (("--detector", detectors), ("--repair", repairs))
                for name in names for part in (flag, name)]  # fmt: skip
     jobs = [
-        Job(name, (sys.executable, "-m", "elijah", "zoo", "job", str(path), name, "--out", str(out),
+        Job(name, ("-m", "elijah", "zoo", "job", str(path), name, "--out", str(out),
                    "--cache", str(cache), *options), before(name))
         for name in needs if name in ids
     ]  # fmt: skip
