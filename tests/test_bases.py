@@ -80,3 +80,12 @@ def test_the_autoencoder_is_better_than_grey(digits: torch.Tensor, autoencoder: 
 def test_kinds_that_do_not_fit(kind: str, with_autoencoder: bool, autoencoder: Any) -> None:
     with pytest.raises(ElijahError, match="unknown kind"):
         new_model((3, 8, 8), seed=0, kind=kind, autoencoder=autoencoder if with_autoencoder else None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "error"), [("ddpm", None, 0.01), ("ddpm", (8, 16), 0.1), ("ncsn", (16, 24), 0.1)]
+)
+def test_a_new_network_answers_with_its_input(kind: str, channels: tuple[int, ...] | None, error: float) -> None:
+    model = new_model((3, 16, 16), seed=0, channels=channels, kind=kind)
+    e, t = model.noise(8, generator_for(0)), torch.full((8,), model.T - 1)
+    assert (model.eps(model.s[-1] * e, t) - e).square().mean().sqrt() < error
