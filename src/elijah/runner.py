@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
@@ -83,7 +84,8 @@ def start(job: Job, logs: Path) -> ForkServerProcess:
 
 
 def perform(command: tuple[str, ...], log: Path) -> None:
-    """Runs the command in this process, its output in log."""
+    """Runs the command in this process, its output in log; ends with the process that started it, however that ends."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -92,6 +94,13 @@ def perform(command: tuple[str, ...], log: Path) -> None:
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(command[0], run_name="__main__")
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def record_failure(out: Path, logs: Path, name: str, code: int) -> None:

@@ -55,6 +55,8 @@ def run_job(
     What an earlier result for the same settings holds of detections and repairs is kept.
     """
     began = time.monotonic()
+    for folder in (cache, out):
+        folder.mkdir(parents=True, exist_ok=True)
     digests = manifest.digests()
     digest = digests[name]
     result: dict[str, Any] = {"schema_version": 2, "id": name, "settings_sha256": digest}
