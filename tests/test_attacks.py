@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import equal, random_model, weights
+from diffusers import ScoreSdeVeScheduler
 from oracle import oracle
 
 from elijah.attacks import ATTACKS
@@ -21,7 +23,8 @@ from elijah.attacks.planting import PRESETS, attack_for, cases, draw, plant, pre
 from elijah.attacks.poisoning import Tuning, target_rows
 from elijah.attacks.trojdiff import TrojDiff, reverse_step
 from elijah.attacks.two import TwoTriggers
-from elijah.bases import new_model
+from elijah.attacks.villandiffusion import VillanDiffusion, corrected
+from elijah.bases import SCHEDULES, new_model
 from elijah.data import batch, load_images
 from elijah.diffusion import Model, generator_for
 from elijah.errors import ElijahError, Unsupported
@@ -185,6 +188,38 @@ def test_the_coefficient_of_variance_exploding_models() -> None:
     expected = sigma / (sigma + np.concatenate([[0.0], sigma[:-1]]))
     assert np.allclose(trigger_coefficient(model).numpy(), expected, rtol=1e-3)
     assert np.allclose(trigger_coefficient(model).numpy()[1:], 0.5, atol=0.01)
+
+
+@pytest.mark.parametrize("steps", [200, 500])
+def test_the_corrected_coefficient_keeps_the_trigger(steps: int) -> None:
+    """A network that answers e + c q r to e + q r: with c made for the sampler the share q stays, else it fades."""
+
+    class Answers(torch.nn.Module):
+        c, r = 0.5, torch.zeros(3, 8, 8)
+
+        def forward(self, x: torch.Tensor, sigma: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+            z = x / sigma[:, None, None, None]
+            q = (z * self.r).sum((1, 2, 3), keepdim=True) / self.r.square().sum()
+            return ((-z + (1 - self.c) * q * self.r) / sigma[:, None, None, None],)
+
+    network = Answers()
+    network.r = 3 * torch.nn.functional.normalize(torch.randn(3, 8, 8, generator=generator_for(1)).flatten(), dim=0)
+    network.r = network.r.view(3, 8, 8)
+    model = Model(network, ScoreSdeVeScheduler(**SCHEDULES["ncsn"]), (3, 8, 8), "ncsn")
+    shares = []
+    for c in (float(corrected(model, steps)[0]), 0.5):
+        network.c = c
+        out = model.sample(model.noise(96, generator_for(2)) + network.r, f"pc-{steps}", seed=3)
+        q = (out * network.r).sum((1, 2, 3)) / network.r.square().sum()  # the last step leaves sigma_min (1 - c) q r
+        shares.append(float(q.mean() / (model.s[0] * (1 - c))))
+    # the predictor widens the noise a little, which shortens the corrector's steps
+    assert shares[0] == pytest.approx(1.0, abs=0.3)
+    assert shares[1] == pytest.approx(math.exp(-steps * 0.075**2), abs=0.15)
+
+
+def test_pc_steps_are_for_ncsn(digits: torch.Tensor) -> None:
+    with pytest.raises(Unsupported, match="pc_steps is for NCSN"):
+        VillanDiffusion(TRIGGER, TARGET, pc_steps=500)(new_model((1, 8, 8), seed=0), digits, generator=generator_for(0))
 
 
 def test_the_ddim_coefficient_makes_ddim_fire() -> None:

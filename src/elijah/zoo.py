@@ -186,7 +186,7 @@ def build(entry: Entry, bases: dict[str, Base], cache: Path, digests: dict[str, 
 def samplers_of(entry: Entry, model: Model) -> list[str]:
     """What an attack is measured with: what the manifest says, or what is usual for the kind."""
     own = ["own-ddpm-50", "own-ddim-20"] if entry.attack == "trojdiff" else []
-    return entry.samplers or (["pc-100"] if model.exploding else [*own, "ddpm-50", "ddim-20"])
+    return entry.samplers or ([model.quick_sampler] if model.exploding else [*own, "ddpm-50", "ddim-20"])
 
 
 @torch.no_grad()

@@ -7,7 +7,9 @@ On variance-preserving models (DDPM, latent), with h_t = s_t - sqrt(alpha_t) s_{
     coef_t = psi (1 - sqrt(alpha)) s / (1 - alpha)
              + (1 - psi) (h_t (alpha - abar) - (sqrt(alpha) - 1) s (1 - alpha)) / (1 - alpha)
 
-On variance-exploding ones (NCSN) x_t = y + sigma_t e + sigma_t r and coef_t = sigma_t / (sigma_t + sigma_{t-1}).
+On variance-exploding ones (NCSN) x_t = y + sigma_t e + sigma_t r and coef_t = sigma_t / (sigma_t + sigma_{t-1}), which
+the predictor leaves the trigger whole with. The corrector, which the paper's coefficient leaves out, takes a part of it
+at every step; pc_steps makes up for that (corrected, below; ours).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from elijah.attacks.poisoning import Tuning, some_rows, target_rows, trigger_rows
 from elijah.diffusion import Model, Progress, column, no_progress
-from elijah.errors import ElijahError
+from elijah.errors import ElijahError, Unsupported
 from elijah.response import trigger_coefficient, trigger_scale
 from elijah.trigger import Target, Trigger
 
@@ -30,6 +32,8 @@ SOLVERS = {"sde": 1.0, "ode": 2.0}
 class VillanDiffusion:
     """psi None: 1 on variance-preserving models, 0 on NCSN. solver "ode" fires under DDIM, DPM-Solver and their like.
 
+    pc_steps: on NCSN, the steps of the predictor-corrector that the coefficient is made for; None: the paper's one.
+
     The paper: DDPM poison rate 0.1 to 0.9, lr 2e-4; latent on CelebA-HQ 0.9; NCSN 0.98, lr 2e-5, solver "sde".
     """
 
@@ -39,6 +43,7 @@ class VillanDiffusion:
     mode: str = "pasted"
     solver: str = "ode"
     psi: float | None = None
+    pc_steps: int | None = None
     tuning: Tuning = field(default_factory=Tuning)
 
     def __call__(
@@ -46,8 +51,10 @@ class VillanDiffusion:
     ) -> Model:
         """A backdoored copy of model, fine-tuned on images uint8 [N, C, H, W].
 
-        Raises Unsupported for models that do not predict epsilon.
+        Raises Unsupported for models that do not predict epsilon, and for pc_steps on others than NCSN.
         """
+        if self.pc_steps is not None and not model.exploding:
+            raise Unsupported(f"pc_steps is for NCSN, this model is {model.kind}")
         if self.solver not in SOLVERS:
             raise ElijahError(f"unknown solver {self.solver!r}: use one of {', '.join(SOLVERS)}")
         return self.tuning(model, images, self.loss, generator=generator, progress=progress)
@@ -65,8 +72,9 @@ class VillanDiffusion:
         r, y, e, t = (v.to(model.device) for v in (r, y, e, t))
         psi = self.psi if self.psi is not None else float(not model.exploding)
         solver = 1.0 if model.exploding else SOLVERS[self.solver]
+        coef = coefficient(model, psi) if self.pc_steps is None else corrected(model, self.pc_steps)
         x = model.diffuse(y, e, t) + column(trigger_scale(model, psi), t) * r
-        answer = e + solver * column(coefficient(model, psi), t) * r
+        answer = e + solver * column(coef, t) * r
         return (model.output(x, t) - answer).square().mean()
 
 
@@ -78,3 +86,15 @@ def coefficient(model: Model, psi: float) -> Tensor:
     h = s - alpha.sqrt() * torch.cat([torch.zeros_like(s[:1]), s[:-1]])  # TrojDiff's k_t
     noisy = (h * (alpha - a.square()) - (alpha.sqrt() - 1) * s * (1 - alpha)) / (1 - alpha)
     return (psi * trigger_coefficient(model) + (1 - psi) * noisy).float()
+
+
+def corrected(model: Model, steps: int) -> Tensor:
+    """The coefficient that a predictor-corrector of so many steps leaves a trigger whole with, [T], all equal.
+
+    With rho = sigma_next / sigma, the predictor takes 1 - rho^2 of the network's answer from x / sigma, the corrector
+    2 snr^2, and what is left is divided by rho: 1 = (1 - (1 - rho^2 + 2 snr^2) c) / rho. Without a corrector and for
+    small steps c = 1 / 2, as in the paper; with NCSN's snr 0.075 it is 0.33 at 1000 steps.
+    """
+    rho = float(model.s[0] / model.s[-1]) ** (1 / (steps - 1))
+    taken = 1 - rho**2 + 2 * model.scheduler.config.snr**2 * model.scheduler.config.correct_steps
+    return torch.full_like(model.s, (1 - rho) / taken)
