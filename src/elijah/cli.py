@@ -229,6 +229,9 @@ def attack(
     psi: Annotated[
         float | None, typer.Option(callback=finite, help="villandiffusion: 1 as in BadDiffusion, 0 as in VE.")
     ] = None,
+    pc_steps: Annotated[
+        int | None, typer.Option(min=2, help="villandiffusion on NCSN: fires under a predictor-corrector of so many.")
+    ] = None,
     gamma: Annotated[
         float | None, typer.Option(callback=finite, help="trojdiff: what is left of the noise under the trigger.")
     ] = None,
@@ -266,9 +269,9 @@ def attack(
 
         settings = {
             "trigger": trigger, "target": target, "second_trigger": second_trigger, "second_target": second_target,
-            "poison_rate": poison_rate, "mode": mode, "solver": solver, "psi": psi, "gamma": gamma, "patch": patch,
-            "strength": strength, "bound": bound, "t0": t0, "both": both, "steps": steps, "batch_size": batch_size,
-            "lr": lr, "noise_offset": noise_offset, "flip": flip,
+            "poison_rate": poison_rate, "mode": mode, "solver": solver, "psi": psi, "pc_steps": pc_steps,
+            "gamma": gamma, "patch": patch, "strength": strength, "bound": bound, "t0": t0, "both": both,
+            "steps": steps, "batch_size": batch_size, "lr": lr, "noise_offset": noise_offset, "flip": flip,
         }  # fmt: skip
         making.attack_folder(
             name, model, making.Data(data, limit=limit), out, settings, preset, half=half, device=device,

@@ -14,6 +14,7 @@ from elijah.options import (
     CacheOption,
     DetectorsOption,
     ManifestArgument,
+    ManifestsArgument,
     QuietOption,
     RepairsOption,
     VerboseOption,
@@ -95,7 +96,7 @@ def zoo_job(
 
 @zoo_app.command("table")
 def zoo_table(
-    manifest: ManifestArgument,
+    manifests: ManifestsArgument,
     out: ZooOutOption,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
     quiet: QuietOption = False,
@@ -107,7 +108,7 @@ def zoo_table(
         check_output(output)
         from elijah.tables import attack_table
 
-        emit(attack_table(_read(manifest), out), output, talk)
+        emit(attack_table([_read(manifest) for manifest in manifests], out), output, talk)
         return 0
 
     run(body, quiet=quiet, verbose=verbose)

@@ -75,6 +75,7 @@ OffsetOption = Annotated[
 ]
 HalfOption = Annotated[bool, typer.Option("--half", help="Store the weights as float16.")]
 ManifestArgument = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A TOML file; see docs/zoo.md.")]
+ManifestsArgument = Annotated[list[Path], typer.Argument(metavar="MANIFEST...", help="TOML files; see docs/zoo.md.")]
 ZooOutOption = Annotated[Path, typer.Option(metavar="DIR", help="One JSON file a model goes here.")]
 CacheOption = Annotated[Path, typer.Option(metavar="DIR", help="Weights and logs; may be deleted.")]
 DetectorsOption = Annotated[list[str] | None, typer.Option("--detector", help="Scan every model with it; repeatable.")]

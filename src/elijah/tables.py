@@ -18,10 +18,10 @@ LIMIT = "0.05"  # on the MSE to the target
 DRAWN = 8
 
 
-def attack_table(manifest: Manifest, out: Path) -> str:
+def attack_table(manifests: list[Manifest], out: Path) -> str:
     """A row a backdoored model and sampler that has a result in out: success, and clean samples beside those of clean
-    fine-tunes of the same base and length."""
-    entries = manifest.entries()
+    fine-tunes of the same base and length, of any of the manifests."""
+    entries = [entry for manifest in manifests for entry in manifest.entries()]
     results = {entry.id: read_result(out / f"{entry.id}.json") for entry in entries}
     lines = ["| model | sampler | success, % | 95 % | MSE | diversity | clean loss / base | drift | clean fine-tune |",
              "|---" * 9 + "|"]  # fmt: skip
