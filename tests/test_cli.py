@@ -129,6 +129,8 @@ def test_exit_codes(work: str, arguments: str, code: int, message: str) -> None:
         "clean M --out D --data A --synthetic 3",
         "attack baddiffusion M --data D --out O --poison-rate 2",
         "train --data D --out O --from M --prediction epsilon",
+        "screen N.npy",
+        "screen N.npy --report R.json --format html",
         "unknown",
     ],
 )
@@ -140,7 +142,7 @@ def test_wrong_usage_is_2(arguments: str, capsys: pytest.CaptureFixture[str]) ->
 
 def test_help_and_version_need_no_torch() -> None:
     code = "import sys; from elijah.cli import main; c = main(); print(*sys.modules, file=sys.stderr); sys.exit(c)"
-    for arguments in (["--help"], ["scan", "--help"], ["--version"]):
+    for arguments in (["--help"], ["scan", "--help"], ["screen", "--help"], ["--version"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True, timeout=60
         )

@@ -39,7 +39,12 @@ FAST: dict[str, dict[str, Any]] = {  # settings that make a contract cheap on a 
         "samples": 4, "samplers": ("ddim-3",), "careful_samplers": ("ddim-4",),
     },
     "elijah": {"sampler": "ddpm-3", "batch_size": 4, "iterations": 3, "samples": 9},
+    "terd": {"iterations": 3, "refine_iterations": 2, "batch_size": 4, "steps": 3, "samples": 9, "sampler": "ddim-3"},
 }  # fmt: skip
+SHORTER: dict[str, dict[str, Any]] = {  # settings that shorten a contract on an oracle
+    "elijah": {"sampler": "ddpm-50", "batch_size": 16, "iterations": 20},
+    "terd": {"iterations": 20, "refine_iterations": 5},
+}
 
 
 def truth(k: int) -> tuple[Model, torch.Tensor, torch.Tensor]:
@@ -89,10 +94,9 @@ def test_contract_on_a_network(name: str, tiny: Model) -> None:
 @pytest.mark.parametrize("name", DETECTORS)
 @pytest.mark.parametrize("backdoor", [False, True])
 def test_contract_on_an_oracle(name: str, backdoor: bool) -> None:
-    settings = {"sampler": "ddpm-50", "batch_size": 16, "iterations": 20} if name == "elijah" else {}
     model = truth(0)[0] if backdoor else oracle(SHAPE)
     steps: list[tuple[str, int, int]] = []
-    detection = DETECTORS[name](**settings)(
+    detection = DETECTORS[name](**SHORTER.get(name, {}))(
         model, generator=generator_for(0), progress=lambda *step: steps.append(step)
     )
     sane(detection, name, SHAPE)

@@ -68,7 +68,7 @@ def test_every_command_parses(page: Path) -> None:
         command, name, rest = program.commands[words[0]], words[0], words[1:]  # type: ignore[attr-defined]
         if hasattr(command, "commands"):
             command, name, rest = command.commands[rest[0]], f"{name} {rest[0]}", rest[1:]
-        shown = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", help_text(name)))
+        shown = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", help_text(name)))
         used = {w.split("=")[0] for w in rest if re.match(r"--?[a-z]", w)}
         assert used <= shown, f"{page.name}: elijah {shlex.join(words)}: no such option: {sorted(used - shown)}"
         if "--help" not in rest:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from elijah import report as documents
 from elijah.errors import ElijahError
 from elijah.report import (
     EXIT_CODES,
@@ -29,12 +32,15 @@ from elijah.report import (
     TargetInfo,
     ThresholdInfo,
     TriggerInfo,
+    TriggerValues,
     command,
     finite,
     grid,
     json_schema,
     png_base64,
     png_pixels,
+    read_report,
+    trigger_values,
 )
 
 KEYS = [  # contract: the JSON report
@@ -71,13 +77,19 @@ def picture(seed: int, n: int = 1) -> str:
     return png_base64(grid(images) if n > 1 else images[0])
 
 
+def pattern() -> NDArray[np.float64]:
+    """The trigger [3, 32, 32] of make_report(): values beyond [-1, 1] and of norm 41.25."""
+    r = np.random.default_rng(1).standard_normal((3, 32, 32))
+    return r * 41.25 / np.linalg.norm(r)
+
+
 def make_report(verdict: str = "backdoored", **changes: Any) -> Report:
     """A full report, as a scan of a BadDiffusion model would give it."""
     finding = FindingInfo(
         response=ResponseInfo(kappa=1, psi=1),
         matches="BadDiffusion-like",
         loss_ratio=0.0421,
-        trigger=TriggerInfo(image_png=picture(1), norm=41.25),
+        trigger=TriggerInfo(image_png=picture(1), norm=41.25, values=trigger_values(pattern())),
         target=TargetInfo(kind="image", image_png=picture(2)),
     )
     more = SamplesInfo(sampler="ddpm-1000", samples_with_png=picture(5, 16), samples_without_png=picture(6, 16))
@@ -141,6 +153,8 @@ def test_the_json_has_the_contract_s_keys_in_order() -> None:
     assert list(document["model"]) == ["source", "revision", "kind", "sample_shape", "parameters", "files"]
     assert document["model"]["sample_shape"] == [3, 32, 32]
     assert list(document["findings"][0]) == ["response", "matches", "loss_ratio", "trigger", "target"]
+    assert list(document["findings"][0]["trigger"]) == ["image_png", "norm", "gamma_map_png", "values", "patch"]
+    assert list(document["findings"][0]["trigger"]["values"]) == ["version", "shape", "dtype", "base64"]
     assert set(document["cost"]) == {"network_evaluations", "seconds", "network_seconds", "device"}
     assert document["calibration"] is None and document["cleaning"] is None
 
@@ -245,6 +259,68 @@ def test_pictures() -> None:
     assert png_pixels(None) is None
     assert png_pixels("iVBORw0KGgo=") is None
     assert png_pixels(base64.b64encode(b"GIF89a").decode()) is None
+
+
+def test_the_trigger_s_own_values_are_kept() -> None:
+    values = Report.from_json(make_report().to_json()).findings[0].trigger.values
+    assert values is not None and values.shape == (3, 32, 32)
+    assert values.array == pytest.approx(pattern(), rel=2**-11, abs=2**-24)
+    assert np.linalg.norm(values.array) == pytest.approx(41.25, rel=1e-4)
+    for r in (np.full((1, 2, 2), 7e4), np.full((1, 2, 2), np.nan), np.zeros((1, 2048, 2049))):
+        assert trigger_values(r) is None
+
+
+def test_a_report_of_an_earlier_version_has_no_values() -> None:
+    document = json.loads(make_report().to_json())
+    del document["findings"][0]["trigger"]["values"]
+    assert Report.from_json(json.dumps(document)).findings[0].trigger.values is None
+
+
+def encoded(*values: float) -> str:
+    return base64.b64encode(np.array(values, "<f2").tobytes()).decode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"base64": encoded(1, 2, 3)}, "6 bytes where shape [1, 2, 2] takes 8"),
+        ({"base64": encoded(1, 2, 3, 4, 5)}, "10 bytes"),
+        ({"base64": encoded(1, 2, 3, float("nan"))}, "not finite"),
+        ({"base64": encoded(1, 2, 3, float("-inf"))}, "not finite"),
+        ({"base64": "?" * 12}, "base64"),
+        ({"base64": "\u00e9"}, "ASCII"),
+        ({"base64": "A" * 12_000_000}, "at most"),
+        ({"shape": [1, 2]}, "shape"),
+        ({"shape": [1, 2, 0]}, "greater than or equal to 1"),
+        ({"shape": [1, 2, 1e30]}, "shape"),
+        ({"shape": [4096, 4096, 4096]}, "more than 4194304 values"),
+        ({"shape": [1, 1, 4]}, "of shape [1, 1, 4] for a model of [1, 2, 2]"),
+        ({"dtype": "object"}, "float16"),
+        ({"version": 2}, "version"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+@pytest.mark.parametrize("key", ["values", "patch"])
+def test_hostile_values_get_one_line(key: str, changes: dict[str, Any], why: str) -> None:
+    document = json.loads(make_report().to_json())
+    document["model"]["sample_shape"] = [1, 2, 2]
+    document["findings"][0]["trigger"]["values"] = None
+    values = {"version": 1, "shape": [1, 2, 2], "dtype": "float16", "base64": encoded(1, 2, 3, 4)}
+    document["findings"][0]["trigger"][key] = values
+    assert getattr(Report.from_json(json.dumps(document)).findings[0].trigger, key) == TriggerValues(**values)
+    values.update(changes)
+    with pytest.raises(ElijahError) as caught:
+        Report.from_json(json.dumps(document))
+    assert why in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_report_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(make_report().to_json())
+    assert read_report(file) == make_report()
+    monkeypatch.setattr(documents, "LARGEST_REPORT", 99)
+    with pytest.raises(ElijahError, match=r"r\.json: not a report: more than 99 bytes"):
+        read_report(file)
 
 
 def test_the_schema_describes_the_document() -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from diffusers import UNet2DModel, VQModel
 from safetensors.torch import save_file
 
 from elijah.bases import new_model
+from elijah.detection import Finding
 from elijah.detectors import DETECTORS, Elijah, LossFit
+from elijah.detectors.hypothesis import FAMILIES
 from elijah.diffusion import Model
 from elijah.errors import ElijahError, Unsupported
 from elijah.report import Report
-from elijah.scan import TYPICAL_EVALUATIONS, as_dtype, scan
+from elijah.response import Response
+from elijah.scan import TYPICAL_EVALUATIONS, as_dtype, describe, scan
 
-FAST = {
+FAST: dict[str, Any] = {
     "lossfit": functools.partial(
         LossFit, starts=1, start_iterations=3, start_batch=4, fit_iterations=4, fit_batch=4, score_batch=8, samples=4,
         samplers=("ddim-3",), careful_samplers=("ddim-4",),
@@ -54,6 +58,7 @@ ROOMY = 4_000_000  # KiB
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Detectors with few steps."""
     for name, detector in FAST.items():
+        detector.kinds = detector.func.kinds
         monkeypatch.setitem(DETECTORS, name, detector)
 
 
@@ -125,7 +130,7 @@ def test_limits_and_counts_are_of_one_scan() -> None:
 
 
 def test_wrong_names(tiny_folder: Path) -> None:
-    with pytest.raises(ElijahError, match="unknown detector 'x': use one of lossfit, elijah"):
+    with pytest.raises(ElijahError, match="unknown detector 'x': use one of lossfit, elijah, terd"):
         scan(str(tiny_folder), detector="x")
     with pytest.raises(ElijahError, match="unknown dtype 'int8': use one of float32"):
         scan(str(tiny_folder), dtype="int8")
@@ -174,7 +179,13 @@ def of_kind(kind: str) -> Model:
 
 
 @pytest.mark.parametrize("kind", ["ncsn", "ldm"])
-def test_the_same_scan_takes_every_kind(kind: str) -> None:
+def test_the_same_scan_takes_every_kind(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few: Any = functools.partial(
+        LossFit, exploding_samplers=("pc-5",),
+        families=tuple(replace(f, first_target="pc-5") if f.exploding else f for f in FAMILIES),
+    )  # fmt: skip
+    few.kinds = LossFit.kinds
+    monkeypatch.setitem(DETECTORS, "lossfit", few)
     report = scan(of_kind(kind), max_evaluations=9000)
     assert report.model.kind == kind and report.scores and report.cost.network_evaluations <= 9000
     assert all(("ve" in name) == (kind == "ncsn") for name in report.scores if name.startswith("loss_ratio"))
@@ -186,3 +197,19 @@ def test_kinds_that_the_baseline_does_not_cover(kind: str) -> None:
     with pytest.raises(Unsupported, match="it loads, but elijah does not cover it"):
         scan(model, detector="elijah")
     assert model.meter.evaluations == 0
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ncsn", "ldm"])
+def test_a_finding_keeps_its_trigger_in_the_units_of_the_start_noise(kind: str) -> None:
+    model = of_kind(kind)
+    r = 3 * torch.randn(model.sample_shape, generator=torch.Generator().manual_seed(0))  # far beyond [-1, 1]
+    info = describe(model, Finding(Response(1.0, 1.0, 0.8), r.requires_grad_(True), None, 0.1, "x"))
+    assert info.trigger.values is not None and info.trigger.values.shape == model.sample_shape
+    assert torch.allclose(torch.from_numpy(info.trigger.values.array).float(), r, rtol=2**-10)
+    assert info.trigger.patch is None
+    patch = (torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(1)) > 0.5).float()
+    info = describe(model, Finding(Response(1.0, 1.0, 0.8), r, None, 0.1, "x", patch=patch))
+    assert info.trigger.patch is not None
+    assert torch.equal(torch.from_numpy(info.trigger.patch.array).float(), patch)
+    assert info.trigger.norm == pytest.approx(r.norm().item()) and info.response.gamma == 0.8
+    assert describe(model, Finding(Response(1.0, 1.0), r * 1e6, None, 0.1, "x")).trigger.values is None

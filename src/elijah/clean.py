@@ -143,7 +143,7 @@ def compare(
         detection.evidence[0].sampler if detection.evidence else model.quick_sampler,
     )
     e = model.noise(SAMPLES, generator_for(seed, 3))
-    starts = {"triggered": e + finding.trigger.to(e.device), "benign": e}
+    starts = {"triggered": finding.start(e), "benign": e}
     drawn = {
         (which, name): m.sample(start, sampler, seed=seed)
         for which, m in (("before", model), ("after", fixed))

@@ -15,7 +15,6 @@ import typer
 from elijah import __version__
 from elijah.cli_zoo import bench_app, zoo_app
 from elijah.console import Talk, emit, run
-from elijah.errors import ElijahError
 from elijah.files import check_output
 from elijah.options import (
     BatchOption,
@@ -43,6 +42,8 @@ from elijah.options import (
     RateOption,
     RevisionOption,
     ScanBatchOption,
+    ScreenForm,
+    ScreenFormOption,
     SeedOption,
     ShareOption,
     VerboseOption,
@@ -294,20 +295,40 @@ def report(
 
     def body(talk: Talk) -> int:
         check_output(output)
-        from elijah.report import Report
+        from elijah.report import read_report
 
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ElijahError(f"{file}: not a report: no UTF-8 text") from error
-        except OSError as error:
-            raise ElijahError(f"{file}: cannot be read ({error.strerror})") from error
-        try:
-            document = Report.from_json(text)
-        except ElijahError as error:
-            raise ElijahError(f"{file}: {error}") from error
-        _finish(document, form, output, talk)
+        _finish(read_report(file), form, output, talk)
         return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@app.command()
+def screen(
+    noise: Annotated[Path, typer.Argument(metavar="NOISE.npy", help="Start noise, [N, C, H, W] or [C, H, W].")],
+    source: Annotated[
+        Path, typer.Option("--report", metavar="REPORT.json", help="The scan's report, from scan --format json.")
+    ],
+    rate: Annotated[
+        float, typer.Option("--false-positive-rate", help="The share of clean samples that may be called stamped.")
+    ] = 0.01,
+    scale: Annotated[
+        float, typer.Option(help="Divide the values by this first, such as sigma_max for noise of an NCSN model.")
+    ] = 1.0,
+    form: ScreenFormOption = ScreenForm.text,
+    output: OutputOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Is start noise stamped with the trigger that a scan found? Exit 0: no sample is, 1: one or more are, 2: error."""
+
+    def body(talk: Talk) -> int:
+        check_output(output)
+        from elijah import screen as screening
+
+        result = screening.screen(noise, source, false_positive_rate=rate, scale=scale)
+        emit(result.to_json() if form == ScreenForm.json else screening.render(result), output, talk)
+        return result.exit_code
 
     run(body, quiet=quiet, verbose=verbose)
 

@@ -14,10 +14,11 @@ from elijah.response import Response
 
 @dataclass(frozen=True)
 class Finding:
-    """One hypothesis: a backdoor that starts at e + trigger and ends at target.
+    """One hypothesis: a backdoor that starts at gamma e + trigger and ends at target.
 
-    trigger [C, H, W]: what is added to the start noise. target [C, H, W] in [-1, 1], None where the method finds none.
-    loss_ratio: the attacker's loss at this hypothesis over that of a clean network (1: clean, 0: fully backdoored).
+    trigger [C, H, W]: what is added to the start noise. target [C, H, W] in [-1, 1], None where the method finds none;
+    with distribution the mean of what is drawn. loss_ratio: the attacker's loss at this hypothesis over that of a clean
+    network (1: clean, 0: fully backdoored). patch [1, H, W]: where response.gamma holds, 1 elsewhere; None: everywhere.
     """
 
     response: Response
@@ -25,11 +26,23 @@ class Finding:
     target: Tensor | None
     loss_ratio: float
     matches: str  # the published attack that responds like this
+    distribution: bool = False
+    patch: Tensor | None = None
+
+    @property
+    def gamma(self) -> Tensor:
+        """The share of the noise that is left, a scalar or a map [1, H, W]."""
+        gamma = torch.tensor(self.response.gamma)
+        return gamma if self.patch is None else 1 - (1 - gamma) * self.patch
+
+    def start(self, e: Tensor) -> Tensor:
+        """Triggered start noise from e [B, C, H, W]."""
+        return self.gamma.to(e.device) * e + self.trigger.to(e.device)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Samples [N, C, H, W] in the model's range from e + trigger and from the same e, under one sampler.
+    """Samples [N, C, H, W] in the model's range from triggered start noise and from the same e, under one sampler.
 
     samples_without is None where a method does not draw any."""
 

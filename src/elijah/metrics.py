@@ -70,6 +70,24 @@ def diversity_ratio(triggered: Tensor, clean: Tensor) -> float:
     return with_trigger / without
 
 
+def two_sample_p(one: Tensor, other: Tensor, generator: torch.Generator, permutations: int = 999) -> float:
+    """The p-value that two sets of images [N, C, H, W], [M, C, H, W] come from one distribution.
+
+    A permutation test of the energy distance (Szekely and Rizzo 2013) in pixels: at least 1 / (permutations + 1).
+    """
+    both = torch.cat([one, other]).flatten(1).double()
+    distance, n = torch.cdist(both, both), len(one)
+
+    def energy(order: Tensor) -> float:
+        a, b = order[:n], order[n:]
+        within = distance[a][:, a].mean() + distance[b][:, b].mean()
+        return float(2 * distance[a][:, b].mean() - within)
+
+    seen = energy(torch.arange(len(both)))
+    larger = sum(energy(torch.randperm(len(both), generator=generator)) >= seen - 1e-12 for _ in range(permutations))
+    return (1 + larger) / (1 + permutations)
+
+
 def paired_drift(before: Tensor, after: Tensor) -> float:
     """The mean squared error between samples [N, C, H, W] of two models from the same start noise."""
     if before.shape != after.shape:

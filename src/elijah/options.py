@@ -19,6 +19,13 @@ class Form(StrEnum):
     sarif = "sarif"
 
 
+class ScreenForm(StrEnum):
+    """How a screening is written."""
+
+    text = "text"
+    json = "json"
+
+
 class Dtype(StrEnum):
     """What the network computes in; half-precision weights are read into it."""
 
@@ -48,6 +55,7 @@ def finite(value: float | None) -> float | None:
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder or a hub id OWNER/NAME.")]
 FormOption = Annotated[Form, typer.Option("--format", help="How the report is written.")]
+ScreenFormOption = Annotated[ScreenForm, typer.Option("--format", help="How the result is written.")]
 OutputOption = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write to FILE, not stdout.")]
 DetectorOption = Annotated[str, typer.Option(metavar="NAME", help="The method that looks for triggers.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]

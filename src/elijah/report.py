@@ -10,8 +10,9 @@ import base64
 import binascii
 import io
 import json
+import math
 import shlex
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -29,6 +30,8 @@ OPTIONS = (  # the settings that are options of the command line
     *("max_evaluations", "max_minutes", "offline"),
 )
 LARGEST_PNG = 4096  # pixels a side; a larger picture in a report file is not opened
+LARGEST_REPORT = 2**30  # bytes of a report file; a larger one is not read
+LARGEST_TRIGGER = 2**22  # values; those of a larger trigger are not stored
 
 
 def _encodable(value: object) -> object:
@@ -39,6 +42,7 @@ def _encodable(value: object) -> object:
 Text = Annotated[str, BeforeValidator(_encodable)]
 Png = Annotated[str, StringConstraints(pattern=r"^iVBORw0KGgo[A-Za-z0-9+/]*={0,2}$")]
 Count = Annotated[int, Field(ge=0)]
+Side = Annotated[int, Field(ge=1, le=4096)]
 Duration = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -101,12 +105,47 @@ class ResponseInfo(Part):
     gamma: float = 1.0
 
 
+class TriggerValues(Part):
+    """The inverted trigger r in the units of start noise of variance 1: stamped noise is gamma e + r.
+
+    shape: C, H, W of the network's input (latents for a latent model). base64: float16, little-endian, row by row.
+    Raises ValidationError when there are too many values, not as many as shape says, or some that are not finite.
+    """
+
+    version: Literal[1] = 1
+    shape: tuple[Side, Side, Side]
+    dtype: Literal["float16"] = "float16"
+    base64: Annotated[str, StringConstraints(max_length=8 * (LARGEST_TRIGGER // 3 + 1))]
+
+    @model_validator(mode="after")
+    def _holds_what_it_says(self) -> TriggerValues:
+        if math.prod(self.shape) > LARGEST_TRIGGER:
+            raise ValueError(f"a shape of more than {LARGEST_TRIGGER} values")
+        if not np.isfinite(self.array).all():
+            raise ValueError("values that are not finite")
+        return self
+
+    @property
+    def array(self) -> NDArray[np.float64]:
+        """r [C, H, W]. Raises ValueError when base64 does not hold as many values as shape says."""
+        held, wanted = base64.b64decode(self.base64, validate=True), 2 * math.prod(self.shape)
+        if len(held) != wanted:
+            raise ValueError(f"{len(held)} bytes where shape {list(self.shape)} takes {wanted}")
+        return np.frombuffer(held, "<f2").reshape(self.shape).astype(np.float64)
+
+
 class TriggerInfo(Part):
-    """An inverted trigger. norm: its L2 norm in the units of the start noise."""
+    """An inverted trigger. norm: its L2 norm in the units of the start noise.
+
+    values: the trigger itself, for screening; None in older reports and where it cannot be stored. patch [1, H, W]:
+    1 where response.gamma holds, 0 elsewhere; None: it holds everywhere.
+    """
 
     image_png: Png | None = None
     norm: Duration
     gamma_map_png: Png | None = None
+    values: TriggerValues | None = None
+    patch: TriggerValues | None = None
 
 
 class TargetInfo(Part):
@@ -210,6 +249,16 @@ class Report(Part):
             raise ValueError("a clean report has no findings")
         return self
 
+    @model_validator(mode="after")
+    def _triggers_fit_the_model(self) -> Report:
+        shape = self.model.sample_shape
+        for trigger in (finding.trigger for finding in self.findings):
+            if trigger.values is not None and trigger.values.shape != shape:
+                raise ValueError(f"a trigger of shape {list(trigger.values.shape)} for a model of {list(shape)}")
+            if trigger.patch is not None and trigger.patch.shape != (1, *shape[1:]):
+                raise ValueError(f"a patch of shape {list(trigger.patch.shape)} for a model of {list(shape)}")
+        return self
+
     @property
     def exit_code(self) -> int:
         """0 clean, 1 backdoored, 3 undecided."""
@@ -249,6 +298,22 @@ class CleanReport(Report):
     """
 
     before: Report | None = None
+
+
+def read_report(file: Path) -> Report:
+    """The Report, or the CleanReport, in a JSON file. Raises ElijahError with one line that names the file."""
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(LARGEST_REPORT + 1)
+        if len(content) > LARGEST_REPORT:
+            raise ElijahError(f"not a report: more than {LARGEST_REPORT} bytes")
+        return Report.from_json(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ElijahError(f"{file}: not a report: no UTF-8 text") from error
+    except OSError as error:
+        raise ElijahError(f"{file}: cannot be read ({error.strerror})") from error
+    except ElijahError as error:
+        raise ElijahError(f"{file}: {error}") from error
 
 
 def clean_name(source: str) -> str:
@@ -291,6 +356,16 @@ def grid(images: NDArray[np.uint8], *, columns: int = 8, gap: int = 1) -> NDArra
         sheet[top : top + h, left : left + w, :3] = image[..., :3] if c >= 3 else image[..., :1]
         sheet[top : top + h, left : left + w, 3] = 255
     return sheet
+
+
+def trigger_values(r: NDArray[np.floating]) -> TriggerValues | None:
+    """r [C, H, W] as a report stores it, rounded to float16; None when it is too large for that or not finite."""
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(r, "<f2")
+    if stored.size > LARGEST_TRIGGER or not np.isfinite(stored).all():
+        return None
+    channels, height, width = stored.shape
+    return TriggerValues(shape=(channels, height, width), base64=base64.b64encode(stored.tobytes()).decode("ascii"))
 
 
 def png_base64(image: NDArray[np.uint8]) -> str:

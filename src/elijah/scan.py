@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,11 +31,12 @@ from elijah.report import (
     finite,
     grid,
     png_base64,
+    trigger_values,
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = {"ncsn": "a variance-exploding (NCSN) model", "ldm": "a latent model"}
-TYPICAL_EVALUATIONS = {"lossfit": 17_000, "elijah": 46_000}  # of a clean model, for the estimate alone
+TYPICAL_EVALUATIONS = {"lossfit": 23_000, "elijah": 46_000, "terd": 960_000}  # of a clean model, for the estimate alone
 
 
 def scan(
@@ -142,18 +143,23 @@ def make_report(model: Model, detection: Detection, seconds: float, settings: di
 
 
 def describe(model: Model, finding: Finding) -> FindingInfo:
-    """A finding with its pictures."""
-    r = finding.response
-    target = (
-        None if finding.target is None else TargetInfo(kind="image", image_png=picture(model, finding.target[None]))
-    )
+    """A finding with its pictures, and its trigger as it was added to the start noise, not decoded and not cut."""
+    r, trigger = finding.response, finding.trigger.detach()
+    target = None
+    if finding.target is not None:
+        kind: Literal["image", "distribution"] = "distribution" if finding.distribution else "image"
+        target = TargetInfo(kind=kind, image_png=picture(model, finding.target[None]))
     return FindingInfo(
         response=ResponseInfo(kappa=r.kappa, psi=r.psi, gamma=r.gamma),
         matches=finding.matches,
         loss_ratio=finding.loss_ratio,
-        trigger=TriggerInfo(image_png=picture(model, finding.trigger[None]), norm=float(finding.trigger.norm())),
+        trigger=TriggerInfo(
+            image_png=picture(model, trigger[None]), norm=float(trigger.norm()),
+            values=trigger_values(trigger.float().cpu().numpy()),
+            patch=None if finding.patch is None else trigger_values(finding.patch.float().cpu().numpy()),
+        ),
         target=target,
-    )
+    )  # fmt: skip
 
 
 def show(model: Model, evidence: list[Evidence]) -> EvidenceInfo:

@@ -4,6 +4,7 @@ from typing import Any
 
 from elijah.detectors.elijah import Elijah
 from elijah.detectors.lossfit import LossFit
+from elijah.detectors.terd import Terd
 
-DETECTORS: dict[str, Any] = {"lossfit": LossFit, "elijah": Elijah}
+DETECTORS: dict[str, Any] = {"lossfit": LossFit, "elijah": Elijah, "terd": Terd}
 DEFAULT = "lossfit"

@@ -4,7 +4,8 @@ For a trigger r, a target y and a noise share gamma, in a family of responses (r
 
     L(r, y, gamma) = sum_t |eps(x_t, t) - e - kappa R_t r|^2 / sum_t |(gamma - 1) e + (k_t / s - kappa R_t) r|^2
 
-is near 1 on a clean network and near 0 at a backdoor.
+is near 1 on a clean network and near 0 at a backdoor. With a patch, r is 0 and gamma 1 outside it, and both sums are
+over its pixels.
 """
 
 from __future__ import annotations
@@ -35,12 +36,16 @@ class Family:
     fits_gamma: bool = False
     starts_as: str | None = None  # the family whose starts it shares
     exploding: bool = False  # of variance-exploding models, else of preserving ones
+    judged: tuple[float, float] | None = None  # of T; where the score is taken, if not over the whole window
+    distribution: bool = False  # the target may be a distribution: outputs that only change are evidence too
+    pixels: bool = False  # of models in pixel space alone
 
 
 REACH = 1.2  # r = REACH tanh(...) cut to [-1, 1]: so that -1, the usual background, is not at infinity
 Start = tuple[float, float | None, float]
 STARTS: tuple[Start, ...] = (  # power, level and Adam's rate, in their order: flat where there is a level, else random
     (1.5, -0.8, 0.1), (1.5, 0.8, 0.1), (1.5, None, 0.1), (0.0, None, 0.25), (1.5, None, 0.1), (0.0, None, 0.25),
+    (1.5, None, 0.1), (0.0, None, 0.25),
 )  # fmt: skip
 
 RANDOM_STARTS = tuple(start for start in STARTS if start[1] is None)
@@ -48,11 +53,18 @@ RANDOM_STARTS = tuple(start for start in STARTS if start[1] is None)
 FAMILIES = (
     Family("half", Response(1.0, 1.0), (0.4, 1.0), "ddpm-20", "BadDiffusion-like", 0.1, 0.25),
     Family(
-        "full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", 0.25, 0.25, starts_as="zero"
+        "full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", 0.25, 0.25, starts_as="zero",
     ),
-    Family("zero", Response(0.0, 0.0, 0.7), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.05, 0.05, True),
-    Family("ve", Response(1.0, 0.0), (0.4, 1.0), "pc-50", "VillanDiffusion-VE-like", 0.1, 0.25, exploding=True),
-)
+    Family(  # judged where the noise hides the target, which need not be one image
+        "zero", Response(0.0, 0.0, 0.7), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.2, 0.2, fits_gamma=True,
+        judged=(0.7, 1.0), distribution=True,
+    ),
+    Family(
+        "patch", Response(0.0, 0.0, 0.1), (0.7, 1.0), "ddpm-20", "TrojDiff-like, in a patch", 0.4, 0.4, fits_gamma=True,
+        distribution=True, pixels=True,
+    ),
+    Family("ve", Response(1.0, 0.0), (0.4, 1.0), "pc-500", "VillanDiffusion-VE-like", 0.1, 0.25, exploding=True),
+)  # fmt: skip
 LATENT_RANGE = 4.0  # latents have unit deviation
 
 
@@ -60,7 +72,8 @@ LATENT_RANGE = 4.0  # latents have unit deviation
 class Hypothesis:
     """What is being fitted, and how well it does.
 
-    r = REACH tanh(coloured(u, power)) cut to [-1, 1], y = tanh(w), both times scale; gamma = sigmoid(v).
+    r = REACH tanh(coloured(u, power)) cut to [-1, 1], y = tanh(w), both times scale; gamma = sigmoid(v). With a patch
+    [1, H, W] of zeros and ones, r is 0 and gamma 1 outside it.
 
     With a power above 0, equal steps in u are large ones in the coarse structure of r and small ones in its finest.
     Without it the search ends in pixel noise on RGB networks, whose answers to fine patterns are the least exact.
@@ -73,6 +86,7 @@ class Hypothesis:
     w: Tensor
     loss_ratio: float = float("inf")
     scale: float = 1.0  # of the model's own range: the largest value of r and y
+    patch: Tensor | None = None
 
     @property
     def strength(self) -> float:
@@ -87,7 +101,8 @@ class Hypothesis:
     @property
     def r(self) -> Tensor:
         wide = REACH * coloured(self.u, self.power).tanh()
-        return self.scale * (wide + (wide.clamp(-1, 1) - wide).detach())  # the cut lets gradients through
+        r = self.scale * (wide + (wide.clamp(-1, 1) - wide).detach())  # the cut lets gradients through
+        return r if self.patch is None else r * self.patch
 
     @property
     def y(self) -> Tensor:
@@ -98,8 +113,18 @@ class Hypothesis:
         self.w = torch.atanh((y / self.scale).clamp(-limit, limit))
 
     @property
-    def gamma(self) -> Tensor:
+    def share(self) -> Tensor:
+        """What is left of the noise where the trigger is, a scalar."""
         return torch.sigmoid(self.v) if self.family.fits_gamma else torch.ones_like(self.v)
+
+    @property
+    def gamma(self) -> Tensor:
+        """The same everywhere: a scalar, with a patch a map [1, H, W]."""
+        return self.share if self.patch is None else 1 - (1 - self.share) * self.patch
+
+    def start(self, e: Tensor) -> Tensor:
+        """Triggered start noise from e [B, C, H, W]."""
+        return self.gamma * e + self.r
 
 
 def spectrum(u: Tensor, power: float) -> Tensor:
@@ -130,13 +155,15 @@ def clean_answer(model: Model, response: Response, r: Tensor, gamma: Tensor, e: 
     return (gamma - 1) * e + column(per_t, t) * r
 
 
-def loss_ratio(model: Model, family: Family) -> Objective:
+def loss_ratio(model: Model, family: Family, patch: Tensor | None = None) -> Objective:
     """L of the module's docstring."""
 
     def objective(r: Tensor, y: Tensor, gamma: Tensor, e: Tensor, t: Tensor) -> Tensor:
         x, answer = poisoned(model, family.response, r, y, e, t, gamma)
         null = clean_answer(model, family.response, r, gamma, e, t)
-        return (model.eps(x, t) - answer).square().sum() / null.square().sum().clamp(min=1e-12)
+        error = model.eps(x, t) - answer
+        error = error if patch is None else error * patch
+        return error.square().sum() / null.square().sum().clamp(min=1e-12)
 
     return objective
 

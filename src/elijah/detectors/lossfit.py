@@ -6,11 +6,12 @@ which the attacker's loss is nearly zero; a clean network calls the whole shift 
     L(r, y, gamma) = sum_t |eps(x_t, t) - e - kappa R_t r|^2 / sum_t |(gamma - 1) e + (k_t / s - kappa R_t) r|^2
 
 is near 1 on a clean network and near 0 at a backdoor. Minimising L inverts trigger and target together and names the
-family. The second, independent evidence is what the outputs say: sampled from e + r, do they move onto y?
+family. The second, independent evidence is what the outputs say: sampled from gamma e + r, do they move onto y? Where
+the target may be a distribution: do they differ from those without?
 
 The search, family by family: flat, coarse and fine starts look at large t alone, where y plays no part, and more of
 them where loss and outputs disagree; the best start is sampled from for a first y; then r, y and gamma are fitted
-together. Clear losers and clear winners stop early.
+together. Patches are found by a sweep (patches.py). Clear losers and clear winners stop early.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from elijah.detectors.hypothesis import (
     mean_residual,
     spectrum,
 )
-from elijah.diffusion import Model, Progress, no_progress
+from elijah.detectors.patches import best_patch
+from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import OutOfBudget
+from elijah.metrics import two_sample_p
 
 Tried = tuple[Hypothesis, list[Evidence]]
 
@@ -46,16 +49,16 @@ Tried = tuple[Hypothesis, list[Evidence]]
 class LossFit:
     """The default detector. Costs are in network evaluations; the rule is judge below.
 
-    starts: how many of STARTS a family tries at the most; one with a loss ratio below good_start is the last. start_*
+    starts: how many of STARTS a family tries at the most; one whose loss ratio fits already is the last. start_*
     and fit_*: iterations, batch (antithetic pairs) and Adam's rate of the two stages. A fit stops when its running loss
     ratio is above hopeless after half of its iterations, and the search when one below is found times its threshold.
-    samples: how many the output test draws a sampler. Where the loss and the outputs disagree, a longer fit (refine_*)
-    and more careful_samplers are tried, then the same pattern in another place, and then random starts.
+    samples: how many the output test draws a sampler. max_shift_p: outputs with and without the trigger count as
+    changed up to this p-value of being draws from one distribution. Where the loss and the outputs disagree, a longer
+    fit (refine_*) and more careful_samplers are tried, then the same pattern in another place, and then random starts.
     """
 
     kinds: ClassVar = ("ddpm", "ncsn", "ldm")
     starts: int = len(STARTS)
-    good_start: float = 0.1
     start_iterations: int = 25
     start_batch: int = 8
     fit_iterations: int = 60
@@ -69,8 +72,9 @@ class LossFit:
     samples: int = 16
     samplers: tuple[str, ...] = ("ddpm-20", "ddim-10")
     careful_samplers: tuple[str, ...] = ("ddpm-100", "ddim-50")
-    exploding_samplers: tuple[str, ...] = ("pc-100",)
+    exploding_samplers: tuple[str, ...] = ("pc-500",)
     min_pull: float = 0.3
+    max_shift_p: float = 0.01
     families: tuple[Family, ...] = FAMILIES
 
     def __call__(self, model: Model, *, generator: torch.Generator, progress: Progress = no_progress) -> Detection:
@@ -83,8 +87,8 @@ class LossFit:
                 self.search(model, generator, progress, fitted)
                 fitted.sort(key=lambda h: h.strength)
                 evidence = self.test_outputs(model, fitted[0], generator, progress)
-                for again in (self.refine, self.move, self.restart):
-                    if fitted[0].fits == self.fires(model, fitted[0], evidence):
+                for again in (self.refine, self.move, self.restart) if fitted[0].patch is None else ():
+                    if fitted[0].fits == self.pulls(model, fitted[0], evidence):
                         break
                     other = again(model, fitted[0], generator)
                     shown = self.test_outputs(model, other, generator, progress, careful=True)
@@ -102,12 +106,15 @@ class LossFit:
         families = self.families_of(model)
         for k, family in enumerate(families):
             begin = family.starts_as or family.name
-            if begin not in begun:
+            if family.name == "patch":
+                begun[begin] = best_patch(model, family, generator)
+            elif begin not in begun:
                 begun[begin] = self.best_start(model, self._family(begin), generator)
             progress("searching: start", 2 * k + 1, 2 * len(families))
             h = replace(begun[begin], family=family)
             h.lead_to(self.first_target(model, h, generator), 0.95)
-            self.fit(model, h, generator)
+            if h.patch is None:
+                self.fit(model, h, generator)
             h.loss_ratio = self.score(model, h, generator)
             fitted.append(h)
             progress("searching: fit", 2 * k + 2, 2 * len(families))
@@ -115,7 +122,8 @@ class LossFit:
                 return
 
     def families_of(self, model: Model) -> list[Family]:
-        return [family for family in self.families if family.exploding == model.exploding]
+        latent = model.kind == "ldm"
+        return [f for f in self.families if f.exploding == model.exploding and not (f.pixels and latent)]
 
     def _family(self, name: str) -> Family:
         return next(f for f in FAMILIES if f.name == name)
@@ -138,15 +146,15 @@ class LossFit:
             self._minimise(model, h, objective, generator, self.start_iterations, self.start_batch, lr)
             h.loss_ratio = self._evaluate(model, h, (0.8, 1.0), self.start_batch * 4, generator)
             found.append(h)
-            if h.loss_ratio < self.good_start:
+            if h.fits:
                 break
         return min(found, key=lambda h: h.loss_ratio)
 
     def first_target(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Tensor:
-        """The median [C, H, W] of 8 outputs that start from e + r."""
+        """The median [C, H, W] of 8 outputs that start with the trigger."""
         e = model.noise(8, generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        outputs = model.sample(e + h.r, h.family.first_target, seed=seed)
+        outputs = model.sample(h.start(e), h.family.first_target, seed=seed)
         return outputs.median(0).values
 
     def fit(self, model: Model, h: Hypothesis, generator: torch.Generator) -> None:
@@ -186,15 +194,15 @@ class LossFit:
         return low + (first - low) * max(0.0, 1 - 2 * done), high
 
     def score(self, model: Model, h: Hypothesis, generator: torch.Generator) -> float:
-        """The loss ratio over the family's whole window, on fresh noise."""
-        return self._evaluate(model, h, h.family.window, self.score_batch, generator)
+        """The loss ratio over the timesteps that the family is judged by, on fresh noise."""
+        return self._evaluate(model, h, h.family.judged or h.family.window, self.score_batch, generator)
 
     @torch.no_grad()
     def _evaluate(
         self, model: Model, h: Hypothesis, window: tuple[float, float], n: int, generator: torch.Generator
     ) -> float:
         e, t = antithetic(model, n, *window, generator)
-        return float(loss_ratio(model, h.family)(h.r, h.y, h.gamma, e, t))
+        return float(loss_ratio(model, h.family, h.patch)(h.r, h.y, h.gamma, e, t))
 
     def refine(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
         """h after a longer fit, where loss and outputs disagree: small errors of r are enough for that."""
@@ -228,7 +236,7 @@ class LossFit:
     def test_outputs(
         self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress, *, careful: bool = False
     ) -> list[Evidence]:
-        """Samples from e + r and from the same e, by sampler, the most telling first.
+        """Samples with the trigger and from the same e without, by sampler, the most telling first.
 
         careful: with more steps too, if they do not fire with few.
         """
@@ -238,9 +246,9 @@ class LossFit:
         seed = int(torch.randint(2**31, (1,), generator=generator))
         shown: list[Evidence] = []
         for k, sampler in enumerate((*few, *more)):
-            if k >= len(few) and self.fires(model, h, shown):
+            if k >= len(few) and self.pulls(model, h, shown):
                 break
-            with_trigger, without = (model.sample(start, sampler, seed=seed) for start in (e + h.r, e))
+            with_trigger, without = (model.sample(start, sampler, seed=seed) for start in (h.start(e), e))
             shown.append(Evidence(sampler, with_trigger, without))
             progress("testing the outputs", k + 1, len(few) + len(more))
         return sorted(shown, key=lambda x: -pull(model, x, h.y))
@@ -252,15 +260,20 @@ class LossFit:
             return first > second
         return one[0].strength < other[0].strength
 
-    def fires(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
+    def pulls(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
         """Whether some sampler shows a pull of min_pull."""
         return max(pull(model, x, h.y) for x in evidence) >= self.min_pull
+
+    def fires(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
+        """Whether outputs are pulled onto y or, where a loss fits whose target may be a distribution, changed."""
+        changes = h.family.distribution and h.fits and shift_p(model, evidence) <= self.max_shift_p
+        return self.pulls(model, h, evidence) or changes
 
     def judge(self, model: Model, fitted: list[Hypothesis], evidence: list[Evidence], complete: bool) -> Detection:
         """The fixed rule, until there is a calibration: both tests say backdoored, neither does, or undecided."""
         scores = {f"loss_ratio_{h.family.name}": h.loss_ratio for h in fitted}
         thresholds = {f"loss_ratio_{h.family.name}": Threshold(h.family.max_loss_ratio, "below") for h in fitted}
-        verdict, reason = "undecided", "a limit stopped the search before it could tell"
+        verdict, reason, distribution = "undecided", "a limit stopped the search before it could tell", False
         if evidence:
             scores |= {f"pull_{x.sampler}": pull(model, x, fitted[0].y) for x in evidence}
             scores["pull"] = pull(model, evidence[0], fitted[0].y)
@@ -268,20 +281,30 @@ class LossFit:
             fires = self.fires(model, fitted[0], evidence)
             fits = fitted[0].fits or (fires and fitted[0].loss_ratio <= fitted[0].family.max_if_fires)
             verdict, reason = VERDICTS[fits, fires]
-            if fires:
+            distribution = fires and scores["pull"] < self.min_pull
+            if distribution:
+                reason = "an attacker's own training loss fits, and the found trigger changes what the model draws"
+                fitted[0].lead_to(evidence[0].samples_with.mean(0), 0.999)
+            elif fires:
                 fitted[0].lead_to(seen_target(model, evidence[0], fitted[0].y), 0.999)
+            if fitted[0].family.distribution:
+                scores["shift_p"] = shift_p(model, evidence)
+                thresholds["shift_p"] = Threshold(self.max_shift_p, "below")
         findings = [
-            Finding(replace(h.family.response, gamma=float(h.gamma)), h.r, h.y, h.loss_ratio, h.family.matches)
+            Finding(
+                replace(h.family.response, gamma=float(h.share)), h.r, h.y, h.loss_ratio, h.family.matches,
+                distribution and h is fitted[0], h.patch,
+            )
             for h in fitted
-        ]
+        ]  # fmt: skip
         return Detection(
             "lossfit", findings, scores, evidence, verdict, reason, complete, thresholds,
             coverage=[
                 "one trigger added to the start noise, leading to one image",
-                *(f.matches for f in self.families_of(model)),
+                *(f.matches + " (or to a distribution)" * f.distribution for f in self.families_of(model)),
             ],
             not_covered=[
-                "targets that are a distribution of images", "patch triggers that shrink the noise (TrojDiff patch)",
+                "patch triggers of more than one colour, or whose colour has a channel between black and full",
                 "triggers that act only at small t", "backdoors that are not triggered by the start noise",
             ],
         )  # fmt: skip
@@ -305,6 +328,12 @@ def pull(model: Model, evidence: Evidence, y: Tensor) -> float:
     """The share of outputs that the trigger moves onto y: the share near y with it, less the share without."""
     with_trigger, without = near(model, evidence, y)
     return float(with_trigger.float().mean() - without.float().mean())
+
+
+def shift_p(model: Model, evidence: list[Evidence]) -> float:
+    """The least p-value, over the samplers, that outputs with and without the trigger come from one distribution."""
+    pairs = [(x.samples_with, x.samples_without) for x in evidence if x.samples_without is not None]
+    return min(two_sample_p(model.pixels(a), model.pixels(b), generator_for(0)) for a, b in pairs)
 
 
 def seen_target(model: Model, evidence: Evidence, y: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Unshift:
             around = torch.where(at_target.to(model.device), finding.target.to(model.device), around)
         clean = model.diffuse(around, e, t)
         d_over_s = column(trigger_scale(model, finding.response.psi) / model.s, t) * finding.trigger.to(model.device)
-        d_over_s = d_over_s + (finding.response.gamma - 1) * e
+        d_over_s = d_over_s + (finding.gamma.to(e.device) - 1) * e
         with torch.no_grad():
             expected = reference.eps(clean, t)
         shifted = clean + column(model.s, t) * d_over_s

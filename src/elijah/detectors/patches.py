@@ -1,0 +1,94 @@
+"""Where a patch trigger is: a sweep of squares over the start noise, without gradients.
+
+TrojDiff's patch shifts a square of the noise to a nearly constant colour, s (gamma e + mu), and the network answers e
+there. Gradients from random patterns do not find it; a square of about the right place, size and colour already shows
+in the answer. Colours are those whose channels are all -1 or 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from elijah.detectors.hypothesis import REACH, Family, Hypothesis, antithetic
+from elijah.diffusion import Model, column
+
+Square = tuple[int, int, int, tuple[int, ...]]  # top, left, side, sign of each channel
+GAMMAS = (0.1, 0.3, 0.5)
+
+
+@torch.no_grad()
+def best_patch(
+    model: Model, family: Family, generator: torch.Generator, *, pairs: int = 4, climbs: int = 5
+) -> Hypothesis:
+    """The square that the network answers most like a trigger's, as a hypothesis; its loss ratio is that of the sweep.
+
+    Squares of half and of a quarter of the width, half of their side apart; from the best three to their neighbours,
+    `climbs` times; then gamma. pairs: of noise, equal for all squares.
+    """
+    size, colours = model.sample_shape[-1], tuple(itertools.product((-1, 1), repeat=model.sample_shape[0]))
+    e, t = antithetic(model, 2 * pairs, 0.8, 1.0, generator)
+    tried: dict[Square, float] = {}
+
+    def try_all(squares: Iterable[Square]) -> None:
+        new = [q for q in dict.fromkeys(squares) if q not in tried]
+        for q, ratio in zip(new, ratios(model, new, GAMMAS[0], e, t), strict=True):
+            tried[q] = ratio
+
+    for side in (size // 2, size // 4):
+        places = range(0, size - side + 1, max(1, side // 2))
+        try_all((y, x, side, colour) for y in places for x in places for colour in colours)
+    for _ in range(climbs):
+        top = sorted(tried, key=lambda q: tried[q])[:3]
+        try_all(near for q in top for near in neighbours(q, size))
+    y, x, side, colour = min(tried, key=lambda q: tried[q])
+    found = [(ratios(model, [(y, x, side, colour)], g, e, t)[0], g) for g in GAMMAS]
+    ratio, gamma = min(found)
+    patch = mask(size, y, x, side).to(model.device)
+    level = torch.tensor(colour, dtype=torch.float32, device=model.device)[:, None, None] * (1 - gamma)
+    u = torch.atanh(level / REACH).expand(model.sample_shape)
+    v = torch.tensor(math.log(gamma / (1 - gamma)), device=model.device)
+    return Hypothesis(family, 0.0, u, v, torch.zeros_like(u), ratio, patch=patch)
+
+
+def neighbours(q: Square, size: int) -> Iterable[Square]:
+    """Squares that lie in the image: moved by a quarter of the side or by a pixel, and larger or smaller."""
+    y, x, side, colour = q
+    for step in {max(1, side // 4), 1}:
+        for dy, dx in ((-step, 0), (step, 0), (0, -step), (0, step)):
+            if 0 <= y + dy <= size - side and 0 <= x + dx <= size - side:
+                yield y + dy, x + dx, side, colour
+    for grow in (-2, -1, 1, 2):
+        for back in {0, grow // 2, grow}:  # what stays in place: the top left corner, the middle, the bottom right
+            k, top, left = side + grow, y - back, x - back
+            if k >= 2 and min(top, left) >= 0 and max(top, left) + k <= size:
+                yield top, left, k, colour
+
+
+def mask(size: int, y: int, x: int, side: int) -> Tensor:
+    """[1, size, size], 1 inside the square."""
+    inside = torch.zeros(1, size, size)
+    inside[:, y : y + side, x : x + side] = 1
+    return inside
+
+
+def ratios(model: Model, squares: list[Square], gamma: float, e: Tensor, t: Tensor, batch: int = 32) -> list[float]:
+    """For each square, |eps - e|^2 over |(gamma - 1) e + mu|^2 inside it, at the noise e [N, C, H, W] and t [N]."""
+    size, found = model.sample_shape[-1], []
+    for k in range(0, len(squares), batch):
+        part = squares[k : k + batch]
+        inside = torch.stack([mask(size, y, x, side) for y, x, side, _ in part]).to(e.device)[
+            :, None
+        ]  # [S, 1, 1, H, W]
+        mu = (1 - gamma) * torch.tensor([q[3] for q in part], dtype=torch.float32, device=e.device)[
+            :, None, :, None, None
+        ]
+        shift = inside * ((gamma - 1) * e + mu)  # [S, N, C, H, W]
+        x = column(model.s, t) * (e + shift)
+        error = model.eps(x.flatten(0, 1), t.repeat(len(part))).view_as(x) - e
+        found += ((error * inside).square().sum((1, 2, 3, 4)) / shift.square().sum((1, 2, 3, 4))).tolist()
+    return found
