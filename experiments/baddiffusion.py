@@ -303,8 +303,7 @@ def run(workers: int) -> int:
     from elijah.runner import Job, run_jobs
 
     every = [
-        Job(result_file(job).stem, (__file__, STUDY.name, "job", *job), tuple(stems(needs(job))))
-        for job in jobs()
+        Job(result_file(job).stem, (__file__, STUDY.name, "job", *job), tuple(stems(needs(job)))) for job in jobs()
     ]
     done = {job.name for job in every if (STUDY.results / f"{job.name}.json").exists()}
     failed = run_jobs(every, done=done, out=STUDY.results, logs=STUDY.cache, workers=workers, progress=tell)
