@@ -34,7 +34,8 @@ class Family:
     max_loss_ratio: float  # the fixed rule's threshold for a loss that fits
     max_if_fires: float  # and the laxer one for a loss whose trigger is seen to fire
     fits_gamma: bool = False
-    starts_as: str | None = None  # the family whose starts it shares
+    start_window: tuple[float, float] = (0.8, 1.0)  # of T; where its starts look
+    starts_with_y: bool = False  # whether y is fitted there too
     exploding: bool = False  # of variance-exploding models, else of preserving ones
     judged: tuple[float, float] | None = None  # of T; where the score is taken, if not over the whole window
     distribution: bool = False  # the target may be a distribution: outputs that only change are evidence too
@@ -52,8 +53,9 @@ RANDOM_STARTS = tuple(start for start in STARTS if start[1] is None)
 
 FAMILIES = (
     Family("half", Response(1.0, 1.0), (0.4, 1.0), "ddpm-20", "BadDiffusion-like", 0.1, 0.25),
-    Family(
-        "full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", 0.25, 0.25, starts_as="zero",
+    Family(  # at t = T it answers like a clean network; it shows where y is half hidden, so its starts fit y too
+        "full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", 0.25, 0.25,
+        start_window=(0.45, 0.8), starts_with_y=True,
     ),
     Family(  # judged where the noise hides the target, which need not be one image
         "zero", Response(0.0, 0.0, 0.7), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.2, 0.2, fits_gamma=True,

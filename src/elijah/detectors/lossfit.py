@@ -102,16 +102,11 @@ class LossFit:
 
     def search(self, model: Model, generator: torch.Generator, progress: Progress, fitted: list[Hypothesis]) -> None:
         """Fits every family and appends each hypothesis to fitted as it is scored; returns at a clear winner."""
-        begun: dict[str, Hypothesis] = {}
         families = self.families_of(model)
         for k, family in enumerate(families):
-            begin = family.starts_as or family.name
-            if family.name == "patch":
-                begun[begin] = best_patch(model, family, generator)
-            elif begin not in begun:
-                begun[begin] = self.best_start(model, self._family(begin), generator)
+            find = best_patch if family.name == "patch" else self.best_start
+            h = find(model, family, generator)
             progress("searching: start", 2 * k + 1, 2 * len(families))
-            h = replace(begun[begin], family=family)
             h.lead_to(self.first_target(model, h, generator), 0.95)
             if h.patch is None:
                 self.fit(model, h, generator)
@@ -125,13 +120,10 @@ class LossFit:
         latent = model.kind == "ldm"
         return [f for f in self.families if f.exploding == model.exploding and not (f.pixels and latent)]
 
-    def _family(self, name: str) -> Family:
-        return next(f for f in FAMILIES if f.name == name)
-
     def best_start(
         self, model: Model, family: Family, generator: torch.Generator, starts: tuple[Start, ...] = STARTS
     ) -> Hypothesis:
-        """The best of several triggers, each improved at t >= 0.8 T, where y is hidden by the noise.
+        """The best of several triggers, each improved where its family's starts look: at large t, which hide y.
 
         Several, because a start can end in the wrong basin.
         """
@@ -142,9 +134,11 @@ class LossFit:
                 u = torch.full_like(u, level / float(spectrum(u, power)[0, 0]))
             v, w = torch.zeros((), device=u.device), torch.zeros_like(u)
             h = Hypothesis(family, power, u, v, w, scale=LATENT_RANGE if model.kind == "ldm" else 1.0)
-            objective = mean_residual(model, family.response) if not family.fits_gamma else loss_ratio(model, family)
+            whole = family.fits_gamma or family.starts_with_y
+            objective = loss_ratio(model, family) if whole else mean_residual(model, family.response)
             self._minimise(model, h, objective, generator, self.start_iterations, self.start_batch, lr)
-            h.loss_ratio = self._evaluate(model, h, (0.8, 1.0), self.start_batch * 4, generator)
+            seen = family.window if family.starts_with_y else family.start_window
+            h.loss_ratio = self._evaluate(model, h, seen, self.start_batch * 4, generator)
             found.append(h)
             if h.fits:
                 break
@@ -168,16 +162,17 @@ class LossFit:
     ) -> None:  # fmt: skip
         for name in ("u", "v", "w"):  # copies: other hypotheses may share these tensors
             setattr(h, name, getattr(h, name).clone())
-        leaves = [h.u, h.w, h.v] if joint else [h.u, h.v]
+        with_y = joint or h.family.starts_with_y
+        leaves = [h.u, h.w, h.v] if with_y else [h.u, h.v]
         for leaf in leaves:
             leaf.requires_grad_(True)
         optimizer = torch.optim.Adam(leaves, lr=lr)
         recent: list[float] = []
         for k in range(iterations):
-            low, high = self._window(h.family, k / iterations) if joint else (0.8, 1.0)
+            low, high = self._window(h.family, k / iterations) if joint else h.family.start_window
             optimizer.param_groups[0]["lr"] = lr * (1 - 0.8 * k / iterations) if joint else lr
             e, t = antithetic(model, batch, low, high, generator)
-            y = h.y if joint else torch.zeros_like(h.u)
+            y = h.y if with_y else torch.zeros_like(h.u)
             loss = objective(h.r, y, h.gamma, e, t)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
@@ -228,8 +223,7 @@ class LossFit:
 
     def restart(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
         """The same family from random starts alone and with the longer fit: h may be a local minimum."""
-        family = self._family(h.family.starts_as or h.family.name)
-        fresh = replace(self.best_start(model, family, generator, RANDOM_STARTS), family=h.family)
+        fresh = self.best_start(model, h.family, generator, RANDOM_STARTS)
         fresh.lead_to(self.first_target(model, fresh, generator), 0.95)
         return self.refine(model, fresh, generator)
 
