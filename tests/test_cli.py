@@ -125,6 +125,9 @@ def test_exit_codes(work: str, arguments: str, code: int, message: str) -> None:
         "scan M --batch-size 0",
         "scan M --max-minutes nan",
         "scan M --exit-zero --unknown",
+        "scan M --false-positive-rate 0.1",
+        "calibrate R",
+        "calibrate R -o C.json --false-positive-rate 0.1",
         "clean M",
         "clean M --out D --data A --synthetic 3",
         "attack baddiffusion M --data D --out O --poison-rate 2",
@@ -187,7 +190,8 @@ def test_the_options_reach_scan(stub: Any) -> None:
     assert callable(seen.pop("progress"))
     assert seen == {
         "args": ("M",), "detector": "elijah", "seed": 3, "device": "cpu", "dtype": "bfloat16", "batch_size": 4,
-        "max_evaluations": 9, "max_minutes": 0.5, "revision": "main", "offline": True,
+        "max_evaluations": 9, "max_minutes": 0.5, "revision": "main", "offline": True, "calibration": None,
+        "false_positive_rate": 0.01,
     }  # fmt: skip
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 

@@ -134,7 +134,7 @@ def test_the_pictures_start_from_the_trigger(monkeypatch: pytest.MonkeyPatch) ->
 def test_it_has_no_verdict_of_its_own() -> None:
     detection = SHORT(backdoored(0), generator=generator_for(0))
     assert detection.verdict == "undecided" and "clean models" in detection.reason and not detection.thresholds
-    assert detection.complete and set(detection.scores) == {"kl_mean", "kl_variance", "inversion_loss"}
+    assert detection.complete and set(detection.scores) == {"kl_mean", "kl_variance", "inversion_loss", "suspicion"}
 
 
 def test_equal_seeds_give_equal_results() -> None:

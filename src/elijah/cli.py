@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elijah import __version__
-from elijah.cli_zoo import bench_app, zoo_app
+from elijah.cli_zoo import bench_app, calibrate, zoo_app
 from elijah.console import Talk, emit, run
 from elijah.files import check_output
 from elijah.options import (
     BatchOption,
+    CalibrationOption,
     DataOption,
     DetectorOption,
     DeviceOption,
@@ -25,6 +26,7 @@ from elijah.options import (
     DtypeOption,
     EvaluationsOption,
     ExitZeroOption,
+    FalsePositivesOption,
     Form,
     FormOption,
     HalfOption,
@@ -102,19 +104,31 @@ def scan(
     max_minutes: MinutesOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
+    calibration: CalibrationOption = None,
+    false_positive_rate: FalsePositivesOption = None,
     exit_zero: ExitZeroOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Look for a backdoor. Exit 0: nothing found, 1: backdoored, 2: error, 3: undecided or not supported."""
+    if false_positive_rate is not None and calibration is None:
+        raise typer.BadParameter("--false-positive-rate needs --calibration")
 
     def body(talk: Talk) -> int:
         check_output(output)
+        from elijah.verdict import DEFAULT_RATE, read_calibration
+
+        claim: dict[str, Any] = {
+            "calibration": None if calibration is None else read_calibration(calibration),
+            "false_positive_rate": DEFAULT_RATE if false_positive_rate is None else false_positive_rate,
+        }
         from elijah.scan import scan as search
 
         limits: dict[str, Any] = {"max_evaluations": max_evaluations, "max_minutes": max_minutes}
         how: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype.value, "batch_size": batch_size}
-        report = search(model, detector=detector, revision=revision, offline=offline, progress=talk, **how, **limits)
+        report = search(
+            model, detector=detector, revision=revision, offline=offline, progress=talk, **how, **limits, **claim
+        )
         return _finish(report, form, output, talk)
 
     run(body, quiet=quiet, verbose=verbose, exit_zero=exit_zero, offline=offline)
@@ -344,6 +358,9 @@ def demo(out: OutOption, quiet: QuietOption = False, verbose: VerboseOption = Fa
             return story(out, progress=talk)
 
     run(body, quiet=quiet, verbose=verbose, offline=True)
+
+
+app.command()(calibrate)
 
 
 def main(arguments: list[str] | None = None) -> int:

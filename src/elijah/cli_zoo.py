@@ -1,4 +1,4 @@
-"""The command line's groups for many models: zoo and bench. Imports torch only inside a command that needs it."""
+"""The command line for many models: zoo, bench and calibrate. Imports torch only inside a command that needs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from elijah.errors import ElijahError
 from elijah.files import check_output
 from elijah.options import (
     CacheOption,
+    DetectorOption,
     DetectorsOption,
+    FalsePositivesOption,
     ManifestArgument,
     ManifestsArgument,
     QuietOption,
@@ -183,6 +185,41 @@ def bench_row(
 
         read = _read(manifest, name)
         run_row(read, name, cache / read.name, out, samples)
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+def calibrate(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Folders that elijah zoo run wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The calibration, for elijah scan.")],
+    detector: DetectorOption = "lossfit",
+    part: Annotated[str, typer.Option(metavar="PART", help="Take the clean models of this part.")] = "calibration",
+    test: Annotated[
+        str | None, typer.Option(metavar="PART", help="Print how the verdicts on the models of this part come out.")
+    ] = None,
+    false_positive_rate: FalsePositivesOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Collect the clean models of a zoo that scans compare with; the same detector must have scanned them."""
+    if false_positive_rate is not None and test is None:
+        raise typer.BadParameter("--false-positive-rate needs --test")
+
+    def body(talk: Talk) -> int:
+        check_output(output)
+        from elijah.calibrate import calibrate as collect
+        from elijah.calibrate import verdict_table
+        from elijah.verdict import DEFAULT_RATE
+
+        made, words = collect(results, output, detector, part)
+        talk.say(words)
+        rate = DEFAULT_RATE if false_positive_rate is None else false_positive_rate
+        table = None if test is None else verdict_table(made, results, part, test, rate)
+        made.write(output)
+        talk.say(f"wrote {output}")
+        if table is not None:
+            emit(table, None, talk)
         return 0
 
     run(body, quiet=quiet, verbose=verbose)

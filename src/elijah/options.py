@@ -56,6 +56,13 @@ def finite(value: float | None) -> float | None:
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder or a hub id OWNER/NAME.")]
 FormOption = Annotated[Form, typer.Option("--format", help="How the report is written.")]
 ScreenFormOption = Annotated[ScreenForm, typer.Option("--format", help="How the result is written.")]
+CalibrationOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Clean models to compare with, from elijah calibrate.")
+]
+FalsePositivesOption = Annotated[
+    float | None,
+    typer.Option("--false-positive-rate", help="The share of clean models that may be called backdoored; 0.01."),
+]
 OutputOption = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write to FILE, not stdout.")]
 DetectorOption = Annotated[str, typer.Option(metavar="NAME", help="The method that looks for triggers.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]

@@ -337,6 +337,9 @@ def command(report: Report) -> str:
             words += ["--" + name.replace("_", "-"), str(value)]
     if model.revision:
         words += ["--revision", model.revision]
+    if report.calibration is not None and not isinstance(report, CleanReport):
+        words += ["--calibration", f"{report.calibration.id}.json"]
+        words += ["--false-positive-rate", str(report.false_positive_rate)]
     return shlex.join([*words, "--seed", str(report.seed)])
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from elijah import __version__
 from elijah.data import to_uint8
 from elijah.detection import Detection, Evidence, Finding
 from elijah.detectors import DEFAULT, DETECTORS
@@ -17,6 +19,7 @@ from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError, Unsupported
 from elijah.loading import load_model
 from elijah.report import (
+    CalibrationInfo,
     CostInfo,
     EvidenceInfo,
     FileInfo,
@@ -33,6 +36,7 @@ from elijah.report import (
     png_base64,
     trigger_values,
 )
+from elijah.verdict import DEFAULT_RATE, Calibration
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = {"ncsn": "a variance-exploding (NCSN) model", "ldm": "a latent model"}
@@ -51,33 +55,63 @@ def scan(
     max_minutes: float | None = None,
     revision: str | None = None,
     offline: bool = False,
+    calibration: Calibration | None = None,
+    false_positive_rate: float = DEFAULT_RATE,
     progress: Progress = no_progress,
 ) -> Report:
     """Scans a pipeline folder, a hub id or a loaded Model and returns the Report.
 
-    detector: a name of detectors.DETECTORS. The limits end the search; it is undecided then. Raises ElijahError for
-    input that cannot be read, Unsupported for models that cannot be scanned.
+    detector: a name of detectors.DETECTORS. The limits end the search; it is undecided then. calibration: clean models
+    to compare with; then at most false_positive_rate of clean models like them are called backdoored. Raises
+    ElijahError for input that cannot be read and for a rate or a detector that the calibration is not for, Unsupported
+    for models that cannot be scanned.
     """
     if isinstance(model, str):
         model = load_model(model, revision=revision, offline=offline, device=device, dtype=as_dtype(dtype))
     settings = {"detector": detector, "device": device, "dtype": dtype, "batch_size": batch_size, "offline": offline,
                 "max_evaluations": max_evaluations, "max_minutes": max_minutes}  # fmt: skip
-    return inspect(model, settings, seed, progress)[1]
+    return inspect(model, settings, seed, progress, calibration, false_positive_rate)[1]
 
 
-def inspect(model: Model, settings: dict[str, Any], seed: int, progress: Progress) -> tuple[Detection, Report]:
-    """Runs settings["detector"] on a model within the settings' limits."""
+def inspect(
+    model: Model, settings: dict[str, Any], seed: int, progress: Progress, calibration: Calibration | None = None,
+    rate: float = DEFAULT_RATE,
+) -> tuple[Detection, Report]:  # fmt: skip
+    """Runs settings["detector"] on a model within the settings' limits, and judges it by the calibration's clean models
+    at that false positive rate, or by the detector's fixed rule."""
     detector, max_evaluations = settings["detector"], settings["max_evaluations"]
     if detector not in DETECTORS:
         raise ElijahError(f"unknown detector {detector!r}: use one of {', '.join(DETECTORS)}")
     if model.kind not in DETECTORS[detector].kinds:
         raise Unsupported(f"{model.provenance.source}: {KINDS[model.kind]}: it loads, but {detector} does not cover it")
+    if calibration is not None:
+        calibration.check(detector, model.kind, rate)
+        if calibration.tool_version != __version__:
+            progress(f"note: elijah {calibration.tool_version} made the calibration, this is {__version__}", 0, 0)
     model.max_batch = settings["batch_size"]
     announce(model, detector, max_evaluations, progress)
     with metered(model, max_evaluations, settings["max_minutes"]):
         began = time.monotonic()
         detection = DETECTORS[detector]()(model, generator=generator_for(seed), progress=progress)
-        return detection, make_report(model, detection, time.monotonic() - began, settings, seed)
+        seconds = time.monotonic() - began
+        detection, claim = (detection, {}) if calibration is None else judge(model, detection, calibration, rate)
+        return detection, make_report(model, detection, seconds, settings, seed, claim)
+
+
+def judge(
+    model: Model, detection: Detection, calibration: Calibration, rate: float
+) -> tuple[Detection, dict[str, Any]]:
+    """The detection with the calibrated verdict, and what the Report says of the calibration, by key."""
+    judged = calibration.judgement(
+        detection.verdict, detection.reason, finite(detection.scores).get("suspicion"), model.kind, model.sample_shape,
+        model.parameters, rate,
+    )  # fmt: skip
+    info = CalibrationInfo(
+        id=calibration.id, sha256=calibration.sha256, clean_models=judged.clean_models,
+        in_range=not judged.out_of_range, out_of_range=judged.out_of_range,
+    )  # fmt: skip
+    claim = {"p_value": judged.p_value, "false_positive_rate": rate, "calibration": info}
+    return replace(detection, verdict=judged.verdict, reason=judged.reason), claim
 
 
 def as_dtype(name: str) -> torch.dtype:
@@ -114,8 +148,10 @@ def announce(model: Model, detector: str, max_evaluations: int | None, progress:
     progress(f"note: up to about {evaluations:,} network evaluations, {minutes:.1f} minutes on {model.device}", 0, 0)
 
 
-def make_report(model: Model, detection: Detection, seconds: float, settings: dict[str, Any], seed: int) -> Report:
-    """The Report of a detection. A clean verdict carries no findings."""
+def make_report(
+    model: Model, detection: Detection, seconds: float, settings: dict[str, Any], seed: int, claim: dict[str, Any]
+) -> Report:
+    """The Report of a detection, with its claim by a calibration. A clean verdict carries no findings."""
     source = model.provenance
     return Report(
         model=ModelInfo(
@@ -139,6 +175,7 @@ def make_report(model: Model, detection: Detection, seconds: float, settings: di
         settings=settings,
         seed=seed,
         errors=list(source.notes),
+        **claim,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Verdicts with a p-value: how a model's suspicion compares with that of clean models that were scanned alike. No torch.
+"""Verdicts with a p-value: how a model's suspicion compares with that of clean models scanned alike. No torch.
 
 The p-value is the share of clean models of the same kind that look as suspicious, the model itself counted among them
 (conformal, Vovk et al. 2005): if the model is clean and like them, p <= rate has at most the probability rate.
@@ -165,12 +165,7 @@ def judge(rule: str, p: float | None, rate: float, in_range: bool, score: float,
     alone. In range, backdoored is said of at most the share rate of clean models, whatever the rule says.
     """
     if not in_range or p is None:
-        unlike = "the model is unlike the calibration's"
-        if rule == "clean":
-            return "clean", f"{unlike}, so there is no p-value"
-        if rule == "backdoored" and score > far:
-            return "backdoored", f"its suspicion is far beyond that of every clean model, though {unlike}"
-        return "undecided", f"{unlike}, so there is no p-value, and its suspicion is not far enough beyond theirs"
+        return judge_unlike(rule, score, far)
     if p <= rate:
         if rule == "clean":
             return "undecided", f"but clean models are rarely as suspicious (p-value {p:.3g})"
@@ -178,6 +173,16 @@ def judge(rule: str, p: float | None, rate: float, in_range: bool, score: float,
     if rule == "backdoored":
         return "undecided", f"but clean models are as suspicious too often (p-value {p:.3g})"
     return ("clean" if rule == "clean" else "undecided"), f"clean models are as suspicious (p-value {p:.3g})"
+
+
+def judge_unlike(rule: str, score: float, far: float) -> tuple[str, str]:
+    """What judge says out of range, where there is no p-value."""
+    unlike = "the model is unlike the calibration's"
+    if rule == "clean":
+        return "clean", f"{unlike}, so there is no p-value"
+    if rule == "backdoored" and score > far:
+        return "backdoored", f"its suspicion is far beyond that of every clean model, though {unlike}"
+    return "undecided", f"but {unlike}, so there is no p-value"
 
 
 def read_bounded(file: Path) -> bytes:

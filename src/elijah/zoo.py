@@ -271,7 +271,8 @@ def judge(folder: Path, detector: str) -> dict[str, Any]:
         report = scan(str(folder), detector=detector, device="cpu")
     except Unsupported as error:
         return {"verdict": "unsupported", "reason": str(error)}
-    return {"verdict": report.verdict, "scores": report.scores, "cost": report.cost.model_dump()}
+    seen = report.model.model_dump(mode="json", include={"kind", "sample_shape", "parameters"})
+    return {"verdict": report.verdict, "scores": report.scores, "model": seen, "cost": report.cost.model_dump()}
 
 
 def judge_repair(n: int, entry: Entry, cache: Path, attack: Any, repair: str) -> dict[str, Any]:

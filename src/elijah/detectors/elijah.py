@@ -60,6 +60,7 @@ class Elijah:
             "total_variation": total_variation(images),
             "inversion_loss": loss,
         }
+        scores["suspicion"] = -scores[f"uniformity_{name}"]
         finding = Finding(
             Response(2 * self.coefficient, 1.0),
             tau,

@@ -16,6 +16,7 @@ together. Patches are found by a sweep (patches.py). Clear losers and clear winn
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -284,6 +285,8 @@ class LossFit:
             if fitted[0].family.distribution:
                 scores["shift_p"] = shift_p(model, evidence)
                 thresholds["shift_p"] = Threshold(self.max_shift_p, "below")
+            changed = fitted[0].fits and scores.get("shift_p", 1.0) <= self.max_shift_p
+            scores["suspicion"] = max(scores["pull"], float(changed)) - math.log10(max(fitted[0].strength, 1e-9))
         findings = [
             Finding(
                 replace(h.family.response, gamma=float(h.share)), h.r, h.y, h.loss_ratio, h.family.matches,

@@ -103,6 +103,7 @@ class Terd:
             "kl_variance": kl.var(correction=0).item(),
             "inversion_loss": loss,
         }
+        scores["suspicion"] = scores["kl_mean"] + scores["kl_variance"]
         response = Response(0.0, 0.0, gamma.mean().item()) if self.learn_gamma else Response(1.0, 1.0)
         target = images.median(0).values.clamp(-1, 1)
         finding = Finding(response, r, target, loss, "not told: the method needs no response")
