@@ -190,8 +190,9 @@ class LossFit:
         return low + (first - low) * max(0.0, 1 - 2 * done), high
 
     def score(self, model: Model, h: Hypothesis, generator: torch.Generator) -> float:
-        """The loss ratio over the timesteps that the family is judged by, on fresh noise."""
-        return self._evaluate(model, h, h.family.judged or h.family.window, self.score_batch, generator)
+        """The loss ratio where the family is judged, on fresh noise; of several ranges of t the worst."""
+        windows = h.family.judged or (h.family.window,)
+        return max(self._evaluate(model, h, window, self.score_batch, generator) for window in windows)
 
     @torch.no_grad()
     def _evaluate(
