@@ -88,10 +88,10 @@ def test_the_poisoned_loss_falls(name: str, digits: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_clean_noise_stays_clean(name: str, digits: torch.Tensor) -> None:
-    """An attack loses less than a tenth of what a clean fine-tune as long gains on clean rows."""
+    """With 5 % of its rows poisoned an attack loses less than a tenth of a clean fine-tune's gain on clean rows."""
     base, x0 = random_model(), batch(digits, 400, generator_for(3))
     clean = train(digits, Optimiser(120, lr=5e-3, warmup=20), seed=1, batch_size=16, model=base)
-    settings = {"steps": 120, "batch_size": 16, "lr": 5e-3, "poison_rate": 0.1, "mode": "bare"}
+    settings = {"steps": 120, "batch_size": 16, "lr": 5e-3, "poison_rate": 0.05, "mode": "bare"}
     attacked = attack(name, **settings)(base, digits, generator=generator_for(0))
     with torch.no_grad():
         before, gained, found = (denoising_loss(m, x0, generator_for(7)).item() for m in (base, clean, attacked))

@@ -30,7 +30,7 @@ def write_sheet(path: Path, header: list[str], rows: list[tuple[str, list[Cell]]
         max((len(row[k].images) for _, row in rows if k < len(row) and row[k].images is not None), default=1)  # type: ignore[arg-type]
         for k in range(len(header))
     ]
-    figure = figure_class(figsize=(1.6 + 0.62 * sum(widths), 0.3 + 0.82 * len(rows)), dpi=110)
+    figure = figure_class(figsize=(2.1 + 0.62 * sum(widths), 0.3 + 0.82 * len(rows)), dpi=110)
     axes = figure.subplots(len(rows), len(header), squeeze=False, width_ratios=widths)
     for (name, row), line in zip(rows, axes, strict=True):
         for k, place in enumerate(line):
@@ -42,7 +42,7 @@ def write_sheet(path: Path, header: list[str], rows: list[tuple[str, list[Cell]]
         line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=6.5)
     for title, place in zip(header, axes[0], strict=True):
         place.text(0.5, 1.45, title, transform=place.transAxes, ha="center", fontsize=7, weight="bold")
-    figure.subplots_adjust(left=1.5 / figure.get_figwidth(), right=0.995, top=1 - 0.34 / figure.get_figheight(),
+    figure.subplots_adjust(left=2.0 / figure.get_figwidth(), right=0.995, top=1 - 0.34 / figure.get_figheight(),
                            bottom=0.01, wspace=0.06, hspace=0.32)  # fmt: skip
     figure.savefig(path)
 

@@ -149,8 +149,9 @@ def announce(model: Model, detector: str, max_evaluations: int | None, progress:
 
 
 def make_report(
-    model: Model, detection: Detection, seconds: float, settings: dict[str, Any], seed: int, claim: dict[str, Any]
-) -> Report:
+    model: Model, detection: Detection, seconds: float, settings: dict[str, Any], seed: int,
+    claim: dict[str, Any] | None = None,
+) -> Report:  # fmt: skip
     """The Report of a detection, with its claim by a calibration. A clean verdict carries no findings."""
     source = model.provenance
     return Report(
@@ -175,7 +176,7 @@ def make_report(
         settings=settings,
         seed=seed,
         errors=list(source.notes),
-        **claim,
+        **(claim or {}),
     )  # fmt: skip
 
 
