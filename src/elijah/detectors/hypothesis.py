@@ -36,6 +36,7 @@ class Family:
     fits_gamma: bool = False
     start_window: tuple[float, float] = (0.8, 1.0)  # of T; where its starts look
     starts_with_y: bool = False  # whether y is fitted there too
+    starts: int = 6  # of STARTS that are tried
     exploding: bool = False  # of variance-exploding models, else of preserving ones
     judged: tuple[tuple[float, float], ...] = ()  # of T; where the score is taken, the worst counts; else the window
     distribution: bool = False  # the target may be a distribution: outputs that only change are evidence too
@@ -55,11 +56,11 @@ FAMILIES = (
     Family("half", Response(1.0, 1.0), (0.4, 1.0), "ddpm-20", "BadDiffusion-like", 0.1, 0.25),
     Family(  # at t = T it answers like a clean network; it shows where y is half hidden, so its starts fit y too
         "full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", 0.3, 0.3,
-        start_window=(0.45, 0.8), starts_with_y=True, judged=((0.15, 0.65), (0.6, 0.8)),
+        start_window=(0.45, 0.8), starts_with_y=True, starts=4, judged=((0.15, 0.65), (0.6, 0.8)),
     ),
     Family(  # judged where the noise hides the target, which need not be one image
         "zero", Response(0.0, 0.0, 0.7), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.2, 0.2, fits_gamma=True,
-        judged=((0.7, 1.0),), distribution=True,
+        judged=((0.7, 1.0),), distribution=True, starts=8,
     ),
     Family(
         "patch", Response(0.0, 0.0, 0.1), (0.7, 1.0), "ddpm-20", "TrojDiff-like, in a patch", 0.4, 0.4, fits_gamma=True,

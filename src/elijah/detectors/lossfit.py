@@ -129,7 +129,7 @@ class LossFit:
         Several, because a start can end in the wrong basin.
         """
         found = []
-        for power, level, lr in starts[: self.starts]:
+        for power, level, lr in starts[: min(self.starts, family.starts)]:
             u = (torch.randn(model.sample_shape, generator=generator) * 0.5).to(model.device)
             if level is not None:
                 u = torch.full_like(u, level / float(spectrum(u, power)[0, 0]))
