@@ -283,6 +283,8 @@ class LossFit:
                 fitted[0].lead_to(evidence[0].samples_with.mean(0), 0.999)
             elif fires:
                 fitted[0].lead_to(seen_target(model, evidence[0], fitted[0].y), 0.999)
+            if model.kind == "ldm" and verdict == "backdoored":
+                verdict, reason = "undecided", reason + "; but a clean latent model was seen to do the same"
             if fitted[0].family.distribution:
                 scores["shift_p"] = shift_p(model, evidence)
                 thresholds["shift_p"] = Threshold(self.max_shift_p, "below")
