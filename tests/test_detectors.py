@@ -337,3 +337,15 @@ def test_restart_takes_random_starts_alone(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [RANDOM_STARTS] and all(level is None for _, level, _ in RANDOM_STARTS)
     assert found.family is stuck.family and found.loss_ratio < found.family.max_if_fires and alike(found.r, r) > 0.9
     assert stuck.loss_ratio == 5.0
+
+
+@pytest.mark.parametrize(("kind", "verdict"), [("ddpm", "backdoored"), ("ldm", "undecided")])
+def test_latent_models_are_undecided_at_the_most(kind: str, verdict: str) -> None:
+    """A loss that fits and outputs that all move onto the target."""
+    model, r, y = truth(2)
+    model.kind = kind
+    without = torch.randn(8, *SHAPE, generator=generator_for(5))
+    evidence = [Evidence("ddim-10", y.expand(8, *SHAPE), without)]
+    fitted = replace(hypothesis(r, y), loss_ratio=0.02)
+    found = LossFit().judge(model, [fitted], evidence, complete=True)
+    assert found.verdict == verdict and ("clean latent model" in found.reason) == (kind == "ldm")
