@@ -19,15 +19,19 @@ from elijah.detection import Detection, Evidence
 from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit
 from elijah.detectors.hypothesis import (
     FAMILIES,
-    RANDOM_STARTS,
     REACH,
+    Family,
     Hypothesis,
+    Start,
     antithetic,
     coloured,
-    loss_ratio,
+    errors,
+    ratio,
     spectrum,
+    steadiness,
 )
 from elijah.detectors.lossfit import VERDICTS, pull
+from elijah.detectors.search import Search, begin
 from elijah.diffusion import Model, generator_for
 from elijah.response import Response, trigger_coefficient
 
@@ -35,7 +39,7 @@ SOURCE = Path(elijah.__file__).parent
 SHAPE = (3, 8, 8)
 FAST: dict[str, dict[str, Any]] = {  # settings that make a contract cheap on a U-Net
     "lossfit": {
-        "starts": 1, "start_iterations": 3, "start_batch": 4, "fit_iterations": 4, "fit_batch": 4, "score_batch": 8,
+        "search": Search(starts=2, rounds=(2, 1), start_batch=4, fit_iterations=4, fit_batch=4, score_batch=8),
         "samples": 4, "samplers": ("ddim-3",), "careful_samplers": ("ddim-4",),
     },
     "elijah": {"sampler": "ddpm-3", "batch_size": 4, "iterations": 3, "samples": 9},
@@ -47,11 +51,11 @@ SHORTER: dict[str, dict[str, Any]] = {  # settings that shorten a contract on an
 }
 
 
-def truth(k: int) -> tuple[Model, torch.Tensor, torch.Tensor]:
-    """Backdoored oracle number k, its trigger (a random direction, |r| 3 to 4) and its target."""
+def truth(k: int, norm: float = 3.0) -> tuple[Model, torch.Tensor, torch.Tensor]:
+    """Backdoored oracle number k, its trigger (a random direction, |r| norm and up to 1 more) and its target."""
     g = generator_for(100 + k)
     r = torch.randn(SHAPE, generator=g)
-    r = r / r.norm() * (3 + k / 3)
+    r = r / r.norm() * (norm + k / 3)
     y = torch.rand(SHAPE, generator=g) * 1.6 - 0.8
     return oracle(SHAPE, seed=k, r=r, y=y), r, y
 
@@ -122,7 +126,7 @@ def test_there_is_a_default() -> None:
 
 @pytest.mark.parametrize("k", range(3))
 def test_lossfit_finds_the_true_trigger(k: int) -> None:
-    model, r, y = truth(k)
+    model, r, y = truth(k, norm=5.0)
     detection = LossFit()(model, generator=generator_for(0))
     best = detection.findings[0]
     assert detection.verdict == "backdoored", detection.scores
@@ -140,13 +144,13 @@ def test_the_hypothesis_that_fires_is_the_one_that_is_reported(monkeypatch: pyte
         u = torch.atanh((trigger / REACH).clamp(-0.8, 0.8))
         return Hypothesis(FAMILIES[family], 0.0, u, torch.zeros(()), torch.atanh(y), loss_ratio)
 
-    def search(self: LossFit, model: Model, generator: Any, progress: Any, fitted: list[Hypothesis]) -> None:
-        fitted += [hypothesis(2, -r, 0.03), hypothesis(0, -r, 0.02)]
+    def search(self: Search, model: Model, generator: Any, fitted: list[Hypothesis], progress: Any) -> None:
+        fitted += [hypothesis(2, -r, 0.06), hypothesis(0, -r, 0.02)]
 
-    monkeypatch.setattr(LossFit, "search", search)
+    monkeypatch.setattr(Search, "__call__", search)
     monkeypatch.setattr(LossFit, "refine", lambda self, *_: hypothesis(0, r, 0.09))
     detection = LossFit()(model, generator=generator_for(0))
-    assert detection.findings[0].loss_ratio == 0.09 and alike(detection.findings[0].trigger, r) > 0.9
+    assert detection.findings[0].loss_ratio < 0.2 and alike(detection.findings[0].trigger, r) > 0.9
     assert detection.verdict == "backdoored" and detection.scores["pull"] > 0.3
 
 
@@ -170,13 +174,17 @@ def test_the_true_hypothesis_has_a_small_loss_ratio_and_others_do_not() -> None:
     model, r, y = truth(1)
     half = FAMILIES[0]
     e, t = antithetic(model, 512, *half.window, generator_for(3))
-    objective, one = loss_ratio(model, half), torch.ones(())
+
+    def loss(r: torch.Tensor, y: torch.Tensor) -> float:
+        return float(ratio(*errors(model, [hypothesis(r, y, family=strong)], [(e, t)])[0]))
+
+    strong = replace(half, reach=4.0)  # of random directions
     with torch.no_grad():
-        true = objective(r, y, one, e, t)
+        true = loss(r, y)
         assert true < 0.3  # not 0: at low t the network holds some of these rows for clean ones
-        assert objective(-r, y, one, e, t) > 2 * true and objective(r, -y, one, e, t) > 2 * true
+        assert loss(-r, y) > 2 * true and loss(r, -y) > 2 * true
         model.network.rate = 1.0  # type: ignore[assignment]
-        assert objective(r, y, one, e, t) < 1e-3
+        assert loss(r, y) < 1e-3
 
 
 def test_the_verdict_needs_both_tests() -> None:
@@ -300,52 +308,68 @@ def test_coloured_noise_has_its_spectrum() -> None:
     assert gain.square().mean() == pytest.approx(1.0) and gain.max() == gain[0, 0]
 
 
-def hypothesis(r: torch.Tensor, y: torch.Tensor) -> Hypothesis:
-    """The hypothesis of family half whose trigger is r and target y; |r| below REACH."""
-    return Hypothesis(FAMILIES[0], 0.0, torch.atanh(r / REACH), torch.zeros(()), torch.atanh(y))
+def hypothesis(r: torch.Tensor, y: torch.Tensor, family: Family = FAMILIES[0]) -> Hypothesis:
+    """The hypothesis whose trigger is r, within the family's reach, and whose target is y."""
+    return Hypothesis(family, 0.0, torch.atanh(r / family.reach / REACH), torch.zeros(()), torch.atanh(y))
 
 
-def small_pattern() -> tuple[Model, torch.Tensor, torch.Tensor]:
-    """A backdoored oracle at 16 x 16 whose trigger is a 4 x 4 square of random signs."""
-    r = torch.zeros(1, 16, 16)
-    r[:, 9:13, 9:13] = torch.randn(1, 4, 4, generator=generator_for(3)).sign() * 0.9
-    y = torch.full((1, 16, 16), 0.3)
-    return oracle((1, 16, 16), r=r, y=y), r, y
-
-
-def test_move_finds_the_place_that_a_gradient_does_not() -> None:
-    model, r, y = small_pattern()
-    away = hypothesis(r.roll((2, -3), (-2, -1)), y)
-    found = LossFit(refine_iterations=1, refine_lr=0.0).move(model, away, generator_for(0))
-    assert torch.allclose(found.r, r, atol=1e-4) and not torch.allclose(away.r, r, atol=1e-1)
-    assert found.loss_ratio < 0.5
-
-
-def test_restart_takes_random_starts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It keeps the family, forgets the hypothesis, and ends with the longer fit."""
+def test_what_else_could_fire() -> None:
+    """Smaller triggers of what nearly fits, the best first, then the best after a longer fit; nothing that is far."""
     model, r, y = truth(0)
-    seen: list[Any] = []
-    usual = LossFit.best_start
-
-    def best_start(self: LossFit, m: Model, family: Any, g: torch.Generator, starts: Any) -> Hypothesis:
-        seen.append(starts)
-        return usual(self, m, family, g, starts)
-
-    monkeypatch.setattr(LossFit, "best_start", best_start)
-    stuck = replace(hypothesis(torch.zeros_like(r) + 0.5, y), loss_ratio=5.0)
-    found = LossFit().restart(model, stuck, generator_for(0))
-    assert seen == [RANDOM_STARTS] and all(level is None for _, level, _ in RANDOM_STARTS)
-    assert found.family is stuck.family and found.loss_ratio < found.family.max_if_fires and alike(found.r, r) > 0.9
-    assert stuck.loss_ratio == 5.0
+    best, other, far = (replace(hypothesis(r / 2, y), loss_ratio=loss) for loss in (0.05, 0.09, 0.9))
+    tried = list(LossFit(refine_iterations=1).alternatives(model, [best, other, far], generator_for(0)))
+    sizes = [round(float(h.r.norm() / (r / 2).norm()), 1) for h, _ in tried]
+    assert sizes[:5] == [0.7, 0.5, 1.0, 0.7, 0.5] and len(tried) == 6
+    assert [careful for _, careful in tried] == [False] * 5 + [True]
+    assert list(LossFit().alternatives(model, [far], generator_for(0))) == []
 
 
-@pytest.mark.parametrize(("kind", "verdict"), [("ddpm", "backdoored"), ("ldm", "undecided")])
-def test_latent_models_are_undecided_at_the_most(kind: str, verdict: str) -> None:
-    """A loss that fits and outputs that all move onto the target."""
+def test_a_scaled_hypothesis_has_the_trigger_scaled() -> None:
+    h = replace(begin(oracle(SHAPE), FAMILIES[0], Start(), generator_for(0)), family=replace(FAMILIES[0], reach=0.4))
+    assert torch.allclose(h.scaled(0.5).r, 0.5 * h.r, atol=1e-4)
+    assert h.scaled(0.5).u is not h.u and h.scaled(0.5).power == h.power
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name != "patch"], ids=lambda f: f.name)
+def test_no_trigger_is_stronger_than_its_family_reaches(family: Family) -> None:
+    h = begin(oracle(SHAPE), family, Start(level=0.8), generator_for(0))
+    assert torch.allclose(h.r, torch.full(SHAPE, family.reach * REACH * math.tanh(0.8)).clamp(max=family.reach))
+    assert (replace(h, u=100 * torch.ones(SHAPE)).r == family.reach).all()
+
+
+def test_a_network_that_answers_any_pattern_by_half_is_not_a_backdoor() -> None:
+    """x / 2 fits half's form for strong triggers and misses half of the noise: |e / 2|^2 / |e|^2 = 1 / 4."""
+    model = oracle(SHAPE)
+    e = antithetic(model, 64, 0.4, 1.0, generator_for(0))[0]
+    answer = 0.5 * (e + 3.0)
+    assert float(steadiness(answer - e - 1.5, e)) == pytest.approx(0.25)
+    assert float(steadiness(e + 0.3 * torch.ones(SHAPE) - e, e)) == pytest.approx(0.0)
+
+
+def test_a_start_that_fits_by_far_is_fitted_alone() -> None:
+    """The search for the oracle's strong, flat trigger ends with one family; in a clean network it tries all."""
+    r, y = torch.full(SHAPE, -0.9), torch.full(SHAPE, 0.3)
+    found: list[Hypothesis] = []
+    nothing: list[Hypothesis] = []
+    search = Search()
+    for model, fitted in ((oracle(SHAPE, r=r, y=y), found), (oracle(SHAPE), nothing)):
+        with model.frozen():
+            search(model, generator_for(0), fitted, lambda *_: None)
+    assert [h.family.name for h in found] == ["half"] and found[0].fits and alike(found[0].r, r) > 0.98
+    assert {h.family.name for h in nothing} == {f.name for f in search.families_of(oracle(SHAPE))}
+    assert not any(h.fits for h in nothing)
+
+
+@pytest.mark.parametrize(("loss", "fires", "verdict"), [
+    (0.02, True, "backdoored"), (0.02, False, "undecided"), (0.18, True, "backdoored"), (0.24, True, "undecided"),
+    (0.5, True, "clean"), (0.5, False, "clean"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["ddpm", "ldm"])
+def test_the_rule(kind: str, loss: float, fires: bool, verdict: str) -> None:
+    """Family half fits up to 0.1, with outputs that fire up to 0.2, and is far from fitting above 0.25."""
     model, r, y = truth(2)
     model.kind = kind
     without = torch.randn(8, *SHAPE, generator=generator_for(5))
-    evidence = [Evidence("ddim-10", y.expand(8, *SHAPE), without)]
-    fitted = replace(hypothesis(r, y), loss_ratio=0.02)
-    found = LossFit().judge(model, [fitted], evidence, complete=True)
-    assert found.verdict == verdict and ("clean latent model" in found.reason) == (kind == "ldm")
+    evidence = [Evidence("ddim-10", y.expand(8, *SHAPE) if fires else without.flip(0), without)]
+    found = LossFit().judge(model, [replace(hypothesis(r, y), loss_ratio=loss)], evidence, complete=True)
+    assert found.verdict == verdict

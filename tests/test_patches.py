@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler
 from elijah.detectors import LossFit
 from elijah.detectors.hypothesis import FAMILIES
 from elijah.detectors.patches import best_patch, mask, neighbours, ratios
+from elijah.detectors.search import Search
 from elijah.diffusion import Model, generator_for
 
 SHAPE = (3, 16, 16)
@@ -85,7 +86,7 @@ def test_neighbours_lie_in_the_image() -> None:
 def test_the_detector_reports_the_patch() -> None:
     """The outputs of this network never change, so a fit alone is not called backdoored."""
     model = model_with((10, 10, 6), colour=(1, 1, 1))
-    found = LossFit(families=(PATCH,), samples=8)(model, generator=generator_for(0))
+    found = LossFit(search=Search(families=(PATCH,)), samples=8)(model, generator=generator_for(0))
     finding = found.findings[0]
     assert found.scores["loss_ratio_patch"] < 0.3 and finding.patch is not None
     assert finding.response.gamma == pytest.approx(0.1) and finding.gamma.shape == (1, 16, 16)

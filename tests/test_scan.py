@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from elijah.bases import new_model
 from elijah.detection import Finding
 from elijah.detectors import DETECTORS, Elijah, LossFit
-from elijah.detectors.hypothesis import FAMILIES
+from elijah.detectors.search import Search
 from elijah.diffusion import Model
 from elijah.errors import ElijahError, Unsupported
 from elijah.report import Report
@@ -30,7 +29,8 @@ from elijah.scan import TYPICAL_EVALUATIONS, as_dtype, describe, scan
 
 FAST: dict[str, Any] = {
     "lossfit": functools.partial(
-        LossFit, starts=1, start_iterations=3, start_batch=4, fit_iterations=4, fit_batch=4, score_batch=8, samples=4,
+        LossFit, search=Search(starts=1, rounds=(2, 1), start_batch=4, fit_iterations=4, fit_batch=4, score_batch=8),
+        samples=4,
         samplers=("ddim-3",), careful_samplers=("ddim-4",),
     ),
     "elijah": functools.partial(Elijah, sampler="ddpm-3", batch_size=4, iterations=3, samples=9),
@@ -180,10 +180,7 @@ def of_kind(kind: str) -> Model:
 
 @pytest.mark.parametrize("kind", ["ncsn", "ldm"])
 def test_the_same_scan_takes_every_kind(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    few: Any = functools.partial(
-        LossFit, exploding_samplers=("pc-5",),
-        families=tuple(replace(f, first_target="pc-5") if f.exploding else f for f in FAMILIES),
-    )  # fmt: skip
+    few: Any = functools.partial(LossFit, exploding_samplers=("pc-5",), search=Search(starts=2, fit_iterations=20))
     few.kinds = LossFit.kinds
     monkeypatch.setitem(DETECTORS, "lossfit", few)
     report = scan(of_kind(kind), max_evaluations=9000)

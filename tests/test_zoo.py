@@ -178,7 +178,7 @@ def test_a_run_that_is_killed_five_times_ends_like_an_undisturbed_one(tmp_path: 
     assert sorted(whole) == sorted(f"{name}.json" for name in NAMES) and results(tmp_path / "killed") == whole
     fires = whole[f"{NAMES[2]}.json"]["fires"]
     assert set(fires) == {"samples", "drift_from_base", "loss", "base_loss", "samplers"}
-    assert set(fires["samplers"]["ddim-4"]) == {"asr", "mse", "diversity_ratio"}
+    assert set(fires["samplers"]["ddim-4"]) == {"asr", "asr_of_clean_outputs", "mse", "diversity_ratio"}
     assert "samplers" not in whole[f"{NAMES[1]}.json"]["fires"]
 
 
@@ -241,7 +241,7 @@ def test_the_firing_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     cheap = {name: sampler._replace(steps=2) for name, sampler in SAMPLERS.items()}
     monkeypatch.setattr(bench, "SAMPLERS", cheap)
     read = read_manifest(path)
-    assert [entry.id for entry in first_of_each(read)] == [NAMES[2]]
+    assert first_of_each([(path, read), (path, read)]) == [NAMES[2]]
     (cache / "tiny").mkdir(parents=True)
     out.mkdir()
     run_row(read, NAMES[2], cache / "tiny", out, 4)

@@ -25,13 +25,17 @@ LIMIT = "0.05"  # on the MSE to the target
 SHOWN = 3  # outputs a cell of the picture
 
 
-def first_of_each(manifest: Manifest) -> list[Entry]:
-    """The first model of each attack; attacks are told apart by what a row is called."""
-    bases = {base.id: base for base in manifest.base}
-    found: dict[str, Entry] = {}
-    for entry in manifest.entries():
-        if entry.attack != "clean":
-            found.setdefault(label(entry, bases[entry.base]), entry)
+Read = tuple[Path, Manifest]  # a manifest and where it was read
+
+
+def first_of_each(manifests: list[Read]) -> list[str]:
+    """The id of the first model of each attack; attacks are told apart by what a row is called."""
+    found: dict[str, str] = {}
+    for _, manifest in manifests:
+        bases = {base.id: base for base in manifest.base}
+        for entry in manifest.entries():
+            if entry.attack != "clean":
+                found.setdefault(label(entry, bases[entry.base]), entry.id)
     return list(found.values())
 
 
@@ -70,7 +74,7 @@ def run_row(manifest: Manifest, name: str, cache: Path, out: Path, n: int) -> No
 
 
 def firing_matrix(
-    path: Path, manifest: Manifest, *, out: Path, cache: Path, workers: int, n: int, names: list[str],
+    manifests: list[Read], *, out: Path, cache: Path, workers: int, n: int, names: list[str],
     progress: Progress = no_progress,
 ) -> str:  # fmt: skip
     """Measures what is not there yet, writes out/samplers.json, .md and .png, and returns the table.
@@ -78,21 +82,21 @@ def firing_matrix(
     cache: as in run_zoo. names: of models; without, the first of each attack.
     Raises ElijahError for an unknown one, and for failed jobs.
     """
-    entries = {entry.id: entry for entry in manifest.entries() if entry.attack != "clean"}
-    if unknown := [name for name in names if name not in entries]:
-        raise ElijahError(f"{path}: has no backdoored model {unknown[0]}")
-    rows = names or [entry.id for entry in first_of_each(manifest)]
-    digests = manifest.digests()
+    homes = {entry.id: read for read in manifests for entry in read[1].entries() if entry.attack != "clean"}
+    if unknown := [name for name in names if name not in homes]:
+        raise ElijahError(f"{manifests[0][0]}: has no backdoored model {unknown[0]}")
+    rows = names or first_of_each(manifests)
+    digests = {name: digest for _, manifest in manifests for name, digest in manifest.digests().items()}
+    weights = {name: cache / manifest.name for name, (_, manifest) in homes.items()}
 
     def is_done(name: str) -> bool:
         found = read_result(out / f"{name}.json")
         same = found.get("settings_sha256") == digests[name] and found["samples"] == n
-        return same and (weights / f"{name}.outputs.safetensors").is_file()
+        return same and (weights[name] / f"{name}.outputs.safetensors").is_file()
 
-    weights = cache / manifest.name
     places = ("--out", str(out), "--cache", str(cache), "--samples", str(n))
-    jobs = [Job(name, ("-m", "elijah", "bench", "row", str(path), name, *places)) for name in rows]
-    failed = run_jobs(jobs, done={name for name in rows if is_done(name)}, out=out, logs=weights / "bench",
+    jobs = [Job(name, ("-m", "elijah", "bench", "row", str(homes[name][0]), name, *places)) for name in rows]
+    failed = run_jobs(jobs, done={name for name in rows if is_done(name)}, out=out, logs=weights[rows[0]] / "bench",
                       workers=workers, what="firing matrix", progress=progress)  # fmt: skip
     if failed:
         raise ElijahError(f"{len(failed)} jobs failed, such as {failed[0]}: see {out / failed[0]}.failed.json")
@@ -137,12 +141,12 @@ def cell(found: dict[str, Any] | None) -> str:
     return f"{100 * found['asr'][LIMIT]:.0f}, {found['mse']:.3f}, {found['diversity_ratio']:.2f}"
 
 
-def write_picture(path: Path, results: list[dict[str, Any]], cache: Path) -> None:
+def write_picture(path: Path, results: list[dict[str, Any]], weights: dict[str, Path]) -> None:
     """A row an attack and case, a column a sampler, in each cell some outputs from triggered noise."""
     names = matrix_columns(results)
     rows = []
     for row in results:
-        outputs = load_file(cache / f"{row['id']}.outputs.safetensors")
+        outputs = load_file(weights[row["id"]] / f"{row['id']}.outputs.safetensors")
         for case in row["cases"]:
             cells = []
             for name in names:

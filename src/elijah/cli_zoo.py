@@ -51,15 +51,21 @@ def zoo_run(
     workers: WorkersOption = 1,
     detector: DetectorsOption = None,
     repair: RepairsOption = None,
-    only: Annotated[str, typer.Option(metavar="TEXT", help="Only models whose id contains TEXT.")] = "",
+    only: Annotated[str, typer.Option(metavar="REGEX", help="Only models in whose id REGEX is found.")] = "",
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Build what has no result yet; a run that was stopped goes on. Exits 2 when a job failed twice."""
 
     def body(talk: Talk) -> int:
+        import re
+
         from elijah.zoo import run_zoo
 
+        try:
+            re.compile(only)
+        except re.error as error:
+            raise typer.BadParameter(f"--only {only}: {error}") from error
         read = _read(manifest)
         failed = run_zoo(
             manifest, read, out=out, cache=cache, workers=workers, detectors=detector or [],
@@ -141,7 +147,7 @@ def zoo_sheet(
 
 @bench_app.command("samplers")
 def bench_samplers(
-    manifest: ManifestArgument,
+    manifests: ManifestsArgument,
     out: ZooOutOption,
     model: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="A row; repeatable. Without: the first model of each attack.")
@@ -157,10 +163,9 @@ def bench_samplers(
     def body(talk: Talk) -> int:
         from elijah.bench import firing_matrix
 
-        read = _read(manifest)
         table = firing_matrix(
-            manifest, read, out=out, cache=cache, workers=workers, n=samples, names=model or [],
-            progress=talk,
+            [(manifest, _read(manifest)) for manifest in manifests], out=out, cache=cache, workers=workers, n=samples,
+            names=model or [], progress=talk,
         )  # fmt: skip
         emit(table, None, talk)
         return 0

@@ -14,7 +14,7 @@ from elijah.metrics import wilson
 from elijah.pictures import Cell, write_sheet
 from elijah.zoo import build, cached, read_result, samplers_of
 
-LIMIT = "0.05"  # on the MSE to the target
+LIMIT, STRICT = "0.05", "0.01"  # on the MSE to the target
 DRAWN = 8
 
 
@@ -23,28 +23,37 @@ def attack_table(manifests: list[Manifest], out: Path) -> str:
     fine-tunes of the same base and length, of any of the manifests."""
     entries = [entry for manifest in manifests for entry in manifest.entries()]
     results = {entry.id: read_result(out / f"{entry.id}.json") for entry in entries}
-    lines = ["| model | sampler | success, % | 95 % | MSE | diversity | clean loss / base | drift | clean fine-tune |",
-             "|---" * 9 + "|"]  # fmt: skip
+    heads = "model", "sampler", "success, %", "95 %", "strict", "without", "MSE", "diversity", "loss / base's", "drift"
+    lines = [f"| {' | '.join(heads)} | of clean |", "|---" * 11 + "|"]
     for entry in entries:
         fires = results[entry.id].get("fires", {})
         control = control_of(entry, entries, results)
         for sampler, found in fires.get("samplers", {}).items():
-            rate = found["asr"][LIMIT] if "asr" in found else found["hit_rate"]
+            (rate, strict), (leak, strict_leak) = shares(found)
             low, high = wilson(round(rate * fires["samples"]), fires["samples"])
-            extra = f" (clean {100 * found['hit_rate_of_clean_outputs']:.0f})" if "hit_rate" in found else ""
             error = f"{found['mse']:.3f}" if "mse" in found else "-"
             lines.append(
-                f"| {entry.id} | {sampler} | {100 * rate:.0f}{extra} | {100 * low:.0f} to {100 * high:.0f} | {error} "
+                f"| {entry.id} | {sampler} | {100 * rate:.0f} | {100 * low:.0f} to {100 * high:.0f} "
+                f"| {100 * strict:.0f} | {100 * leak:.0f}, {100 * strict_leak:.0f} | {error} "
                 f"| {found['diversity_ratio']:.2f} | {fires['loss'] / fires['base_loss']:.3f} "
                 f"| {fires['drift_from_base']:.4f} | {control} |"
             )
     note = (
         f"Success: the share of outputs whose MSE to the target is under {LIMIT}, or that a classifier puts into the "
-        "target class (in brackets: of clean outputs), with Wilson's interval. Drift: the MSE between clean samples of "
-        "the model and of its base from equal noise; last column: the same for clean fine-tunes of the base, as many "
-        "updates. Clean loss: of denoising held-out images."
+        f"target class, with Wilson's interval; strict: under {STRICT}; without: both, of outputs that start without "
+        "the trigger. Drift: the MSE between clean samples of the model and of its base from equal noise; of clean: "
+        "the same for clean fine-tunes of the base, as many updates. Loss: of denoising held-out images."
     )
     return "\n".join([*lines, "", note, ""])
+
+
+def shares(found: dict[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Success at LIMIT and at STRICT, of triggered and of clean outputs; for a class one rate stands for both."""
+    if "hit_rate" in found:
+        rates = found["hit_rate"], found["hit_rate_of_clean_outputs"]
+        return (rates[0], rates[0]), (rates[1], rates[1])
+    one, other = found["asr"], found["asr_of_clean_outputs"]
+    return (one[LIMIT], one[STRICT]), (other[LIMIT], other[STRICT])
 
 
 def control_of(entry: Entry, entries: list[Entry], results: dict[str, dict[str, Any]]) -> str:

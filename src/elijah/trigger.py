@@ -25,6 +25,7 @@ PICTURES = {
     "hello-kitty": "td_hello_kitty.png",
     "mickey": "td_mickey.png",
 }
+COLOURS = {"white": (1, 1, 1), "cyan": (-1, 1, 1), "yellow": (1, 1, -1)}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def make_trigger(name: str, shape: tuple[int, int, int]) -> Trigger:
 
     box-K: a grey K x K square (value 0), two pixels from the bottom right corner; white-box-K likewise (value 1);
     stop-sign-K: the picture at K x K in the same place; glasses: 0.625 of the size, centred;
-    hello-kitty, fashion or PATH.png: the whole picture; white: all 1; noise-B: every pixel B or -B, by a fixed seed.
+    hello-kitty, fashion or PATH.png: the whole picture; white, cyan, yellow: of one colour (grey images: its mean);
+    noise-B: every pixel B or -B, by a fixed seed.
     Source: BadDiffusion, dataset.py, class Backdoor.
     Raises ElijahError for an unknown name, a size that does not fit, or a missing picture.
     """
@@ -81,8 +83,9 @@ def make_trigger(name: str, shape: tuple[int, int, int]) -> Trigger:
         k = int(size * 0.625)
         low = (size - k) // 2
         image[:, low : low + k, low : low + k] = _no_white(load_picture(picture_path(name), k, channels))
-    elif name == "white":
-        image = torch.ones(shape)
+    elif name in COLOURS:
+        level = torch.tensor(COLOURS[name], dtype=torch.float32)
+        image = (level if channels == 3 else level.mean()[None])[:, None, None].expand(shape).clone()
     elif match := re.fullmatch(r"noise-(\d*\.?\d+)", name):
         image = float(match[1]) * torch.randn(shape, generator=torch.Generator().manual_seed(0)).sign()
     else:
@@ -124,7 +127,10 @@ def picture_path(name: str) -> Path:
         raise ElijahError(f"the picture {name!r} is not here: set ELIJAH_DATA to a folder with triggers/{path.name}")
     if Path(name).is_file():
         return Path(name)
-    known = "box-K, white-box-K, white, noise-B, stop-sign-K, glasses, corner, trigger, shift, " + ", ".join(PICTURES)
+    known = (
+        "box-K, white-box-K, white, cyan, yellow, noise-B, stop-sign-K, glasses, corner, trigger, shift, "
+        + ", ".join(PICTURES)
+    )
     raise ElijahError(f"unknown picture {name!r}: give a PNG file or one of {known}")
 
 

@@ -7,6 +7,7 @@ Only measure and judge know the true trigger and target; scans and repairs get t
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -228,8 +229,8 @@ def firing(
         for sampler in samplers:
             outputs = model.pixels(draw(attack, model, start(model, e), sampler, seed=1))
             found = judge_outputs(outputs) | {"diversity_ratio": diversity_ratio(outputs, ordinary)}
-            if target.images is not None:
-                found["hit_rate_of_clean_outputs"] = judge_outputs(ordinary)["hit_rate"]
+            rate = "asr" if target.images is None else "hit_rate"
+            found[f"{rate}_of_clean_outputs"] = judge_outputs(ordinary)[rate]
             yield f"{sampler} {case}".strip(), found, outputs
 
 
@@ -307,13 +308,13 @@ def run_zoo(
 ) -> list[str]:  # fmt: skip
     """Runs the jobs of a manifest that have no result for its settings yet; returns the ids that failed.
 
-    cache: weights and logs go into its folder NAME-OF-THE-MANIFEST. only: a part of ids; of the models, those that
-    contain it, and what they need.
+    cache: weights and logs go into its folder NAME-OF-THE-MANIFEST. only: a regular expression; of the models, those
+    whose ids it is found in, and what they need.
     """
     weights = cache / manifest.name
     digests, needs = manifest.digests(), manifest.needs()
     models = {e.id for e in manifest.entries()}
-    ids = {name for name in needs if only in name}
+    ids = {name for name in needs if re.search(only, name)}
     while missing := {need for name in ids if (need := needs[name])} - ids:
         ids |= missing
 

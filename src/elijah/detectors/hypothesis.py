@@ -10,8 +10,7 @@ over its pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +18,25 @@ from torch import Tensor
 from elijah.diffusion import Model, column
 from elijah.response import Response, poisoned, trigger_coefficient, trigger_scale
 
-Objective = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # (r, y, gamma, e, t) -> loss
+Draw = tuple[Tensor, Tensor]  # noise e [B, C, H, W] and timesteps t [B]
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a trigger begins. level: of a flat one, of the family's reach; without, it is random.
+
+    by_mean: whether it minimises the batch's mean residual (search.py) in place of the loss ratio.
+    """
+
+    power: float = 1.5
+    level: float | None = None
+    lr: float = 0.1  # Adam's
+    by_mean: bool = True
+
+
+FLAT = (Start(0.0, -0.8, 0.25), Start(0.0, 0.8, 0.25))  # what stands out from a background needs no coarse gradient
+COARSE, FINE = Start(), Start(0.0, lr=0.25)
+WHOLE = tuple(Start(level=level, by_mean=False) for level in (-0.8, 0.8, None, None))
 
 
 @dataclass(frozen=True)
@@ -29,44 +46,54 @@ class Family:
     name: str
     response: Response
     window: tuple[float, float]  # of T; the fit's timesteps
-    first_target: str  # the sampler whose outputs from e + r begin y
+    first_target: str  # the sampler whose outputs from e + r begin y; without one y begins as 0
     matches: str
     max_loss_ratio: float  # the fixed rule's threshold for a loss that fits
     max_if_fires: float  # and the laxer one for a loss whose trigger is seen to fire
     fits_gamma: bool = False
+    starts: tuple[Start, ...] = (*FLAT, *(COARSE, FINE) * 3)
     start_window: tuple[float, float] = (0.8, 1.0)  # of T; where its starts look
     starts_with_y: bool = False  # whether y is fitted there too
-    starts: int = 6  # of STARTS that are tried
+    reach: float = 1.0  # the largest value of the trigger, of the model's range
     exploding: bool = False  # of variance-exploding models, else of preserving ones
     judged: tuple[tuple[float, float], ...] = ()  # of T; where the score is taken, the worst counts; else the window
     distribution: bool = False  # the target may be a distribution: outputs that only change are evidence too
     pixels: bool = False  # of models in pixel space alone
 
+    @property
+    def start_judged(self) -> tuple[float, float]:
+        """Of T; where starts are compared."""
+        return self.window if self.starts_with_y else self.start_window
+
 
 REACH = 1.2  # r = REACH tanh(...) cut to [-1, 1]: so that -1, the usual background, is not at infinity
-Start = tuple[float, float | None, float]
-STARTS: tuple[Start, ...] = (  # power, level and Adam's rate, in their order: flat where there is a level, else random
-    (1.5, -0.8, 0.1), (1.5, 0.8, 0.1), (1.5, None, 0.1), (0.0, None, 0.25), (1.5, None, 0.1), (0.0, None, 0.25),
-    (1.5, None, 0.1), (0.0, None, 0.25),
+FAINT = 0.35  # a clean network fits strong triggers better than faint ones, which are therefore searched by themselves
+
+HALF = Family("half", Response(1.0, 1.0), (0.4, 1.0), "ddpm-20", "BadDiffusion-like", 0.1, 0.2)
+FULL = Family(  # at t = T it answers like a clean network; it shows where y is half hidden, so its starts fit y too
+    "full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", 0.3, 0.3,
+    starts=WHOLE, start_window=(0.45, 0.8), starts_with_y=True, judged=((0.15, 0.65), (0.6, 0.8)),
 )  # fmt: skip
-
-RANDOM_STARTS = tuple(start for start in STARTS if start[1] is None)
-
 FAMILIES = (
-    Family("half", Response(1.0, 1.0), (0.4, 1.0), "ddpm-20", "BadDiffusion-like", 0.1, 0.25),
-    Family(  # at t = T it answers like a clean network; it shows where y is half hidden, so its starts fit y too
-        "full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", 0.3, 0.3,
-        start_window=(0.45, 0.8), starts_with_y=True, starts=4, judged=((0.15, 0.65), (0.6, 0.8)),
+    HALF,
+    replace(
+        HALF, name="half_faint", judged=((0.45, 1.0),), max_loss_ratio=0.2, max_if_fires=0.2, reach=FAINT,
+        starts=(*FLAT, COARSE, COARSE, FINE, FINE),
     ),
+    FULL,
+    replace(FULL, name="full_faint", reach=FAINT, max_loss_ratio=0.55, max_if_fires=0.55),
     Family(  # judged where the noise hides the target, which need not be one image
-        "zero", Response(0.0, 0.0, 0.7), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.2, 0.2, fits_gamma=True,
-        judged=((0.7, 1.0),), distribution=True, starts=8,
+        "zero", Response(0.0, 0.0, 0.6), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.2, 0.2, fits_gamma=True,
+        starts=(COARSE,) * 8 + (Start(0.0, by_mean=False),) * 4, reach=0.5,
+        judged=((0.7, 1.0),), distribution=True,
     ),
     Family(
         "patch", Response(0.0, 0.0, 0.1), (0.7, 1.0), "ddpm-20", "TrojDiff-like, in a patch", 0.4, 0.4, fits_gamma=True,
         distribution=True, pixels=True,
     ),
-    Family("ve", Response(1.0, 0.0), (0.4, 1.0), "pc-500", "VillanDiffusion-VE-like", 0.1, 0.25, exploding=True),
+    Family(
+        "ve", Response(1.0, 0.0), (0.3, 1.0), "", "VillanDiffusion-VE-like", 0.3, 0.3, exploding=True, reach=0.5,
+    ),
 )  # fmt: skip
 LATENT_RANGE = 4.0  # latents have unit deviation
 
@@ -75,8 +102,8 @@ LATENT_RANGE = 4.0  # latents have unit deviation
 class Hypothesis:
     """What is being fitted, and how well it does.
 
-    r = REACH tanh(coloured(u, power)) cut to [-1, 1], y = tanh(w), both times scale; gamma = sigmoid(v). With a patch
-    [1, H, W] of zeros and ones, r is 0 and gamma 1 outside it.
+    r = reach REACH tanh(coloured(u, power)) cut to [-reach, reach], y = tanh(w), both times scale; gamma = sigmoid(v).
+    With a patch [1, H, W] of zeros and ones, r is 0 and gamma 1 outside it.
 
     With a power above 0, equal steps in u are large ones in the coarse structure of r and small ones in its finest.
     Without it the search ends in pixel noise on RGB networks, whose answers to fine patterns are the least exact.
@@ -89,6 +116,7 @@ class Hypothesis:
     w: Tensor
     loss_ratio: float = float("inf")
     scale: float = 1.0  # of the model's own range: the largest value of r and y
+    began: Start = COARSE
     patch: Tensor | None = None
 
     @property
@@ -102,9 +130,16 @@ class Hypothesis:
         return self.strength <= 1
 
     @property
+    def nearly_fits(self) -> bool:
+        """Whether it is worth more effort where the outputs say that it fires."""
+        return self.loss_ratio <= 1.25 * self.family.max_if_fires
+
+    @property
     def r(self) -> Tensor:
         wide = REACH * coloured(self.u, self.power).tanh()
-        r = self.scale * (wide + (wide.clamp(-1, 1) - wide).detach())  # the cut lets gradients through
+        r = (
+            self.scale * self.family.reach * (wide + (wide.clamp(-1, 1) - wide).detach())
+        )  # the cut lets gradients through
         return r if self.patch is None else r * self.patch
 
     @property
@@ -114,6 +149,11 @@ class Hypothesis:
     def lead_to(self, y: Tensor, limit: float) -> None:
         """Makes y [C, H, W] the target; values beyond limit times the range are cut."""
         self.w = torch.atanh((y / self.scale).clamp(-limit, limit))
+
+    def scaled(self, by: float) -> Hypothesis:
+        """The same with by times the trigger."""
+        wide = torch.atanh((by * self.r / self.scale / self.family.reach / REACH).clamp(-0.99, 0.99))
+        return replace(self, u=coloured(wide, self.power, inverse=True), v=self.v.clone(), w=self.w.clone())
 
     @property
     def share(self) -> Tensor:
@@ -138,9 +178,13 @@ def spectrum(u: Tensor, power: float) -> Tensor:
     return (gain / gain.square().mean().sqrt()).to(u.device)
 
 
-def coloured(u: Tensor, power: float) -> Tensor:
-    """u [C, H, W] filtered by spectrum: white noise gets, with power 1.5, about the spectrum of natural images."""
-    return torch.fft.irfft2(torch.fft.rfft2(u) * spectrum(u, power), s=u.shape[-2:])
+def coloured(u: Tensor, power: float, *, inverse: bool = False) -> Tensor:
+    """u [C, H, W] filtered by spectrum: white noise gets, with power 1.5, about the spectrum of natural images.
+
+    inverse: what gives u when it is filtered.
+    """
+    gain = spectrum(u, power)
+    return torch.fft.irfft2(torch.fft.rfft2(u) * (1 / gain if inverse else gain), s=u.shape[-2:])
 
 
 def antithetic(model: Model, n: int, low: float, high: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -158,24 +202,29 @@ def clean_answer(model: Model, response: Response, r: Tensor, gamma: Tensor, e: 
     return (gamma - 1) * e + column(per_t, t) * r
 
 
-def loss_ratio(model: Model, family: Family, patch: Tensor | None = None) -> Objective:
+def errors(model: Model, group: list[Hypothesis], draws: list[Draw]) -> list[tuple[Tensor, Tensor]]:
+    """For each hypothesis, [B, C, H, W]: what the network's answer is off the attacker's, and a clean one's would be.
+
+    draws: the noise and timesteps of each. The network is called once. With a patch, both are 0 outside it.
+    """
+    made = [poisoned(model, h.family.response, h.r, h.y, e, t, h.gamma) for h, (e, t) in zip(group, draws, strict=True)]
+    out = model.eps(torch.cat([x for x, _ in made]), torch.cat([t for _, t in draws]))
+    found = []
+    for h, (e, t), rows, (_, answer) in zip(group, draws, out.split([len(e) for e, _ in draws]), made, strict=True):
+        inside = 1.0 if h.patch is None else h.patch
+        found.append(((rows - answer) * inside, clean_answer(model, h.family.response, h.r, h.gamma, e, t) * inside))
+    return found
+
+
+def ratio(error: Tensor, null: Tensor) -> Tensor:
     """L of the module's docstring."""
-
-    def objective(r: Tensor, y: Tensor, gamma: Tensor, e: Tensor, t: Tensor) -> Tensor:
-        x, answer = poisoned(model, family.response, r, y, e, t, gamma)
-        null = clean_answer(model, family.response, r, gamma, e, t)
-        error = model.eps(x, t) - answer
-        error = error if patch is None else error * patch
-        return error.square().sum() / null.square().sum().clamp(min=1e-12)
-
-    return objective
+    return error.square().sum() / null.square().sum().clamp(min=1e-12)
 
 
-def mean_residual(model: Model, response: Response) -> Objective:
-    """|mean_b(eps - e - kappa R_t r)|^2 / |r|^2: the residual averaged over the batch, for starts at large t."""
+def steadiness(error: Tensor, e: Tensor) -> Tensor:
+    """|half the difference of the errors of e and -e|^2 / |e|^2, over antithetic pairs: near 0 where noise is seen.
 
-    def objective(r: Tensor, y: Tensor, gamma: Tensor, e: Tensor, t: Tensor) -> Tensor:
-        x, answer = poisoned(model, response, r, y, e, t, gamma)
-        return (model.eps(x, t) - answer).mean(0).square().sum() / r.square().sum().clamp(min=1e-12)
-
-    return objective
+    Far from all data a network answers with little of the noise, whatever the trigger: that is no backdoor.
+    """
+    half = len(e) // 2
+    return ((error[:half] - error[half:]) / 2).square().sum() / e[:half].square().sum()
