@@ -31,7 +31,7 @@ from elijah.detectors.hypothesis import (
     steadiness,
 )
 from elijah.detectors.lossfit import VERDICTS, pull
-from elijah.detectors.search import Search, begin
+from elijah.detectors.search import Search, begin, best_of_each, parts
 from elijah.diffusion import Model, generator_for
 from elijah.response import Response, trigger_coefficient
 
@@ -358,6 +358,29 @@ def test_a_start_that_fits_by_far_is_fitted_alone() -> None:
     assert [h.family.name for h in found] == ["half"] and found[0].fits and alike(found[0].r, r) > 0.98
     assert {h.family.name for h in nothing} == {f.name for f in search.families_of(oracle(SHAPE))}
     assert not any(h.fits for h in nothing)
+
+
+def test_the_better_half_of_each_family_stays() -> None:
+    h = hypothesis(torch.zeros(SHAPE), torch.zeros(SHAPE))
+    losses = {0: [0.9, 0.2, 0.5], 2: [3.0, 4.0]}
+    group = [replace(h, family=FAMILIES[k], loss_ratio=loss) for k, own in losses.items() for loss in own]
+    assert [x.loss_ratio for x in best_of_each(group, 0.5)] == [0.2, 0.5, 3.0]
+    assert [x.loss_ratio for x in best_of_each(group, 0.0)] == [0.2, 3.0]
+
+
+@pytest.mark.parametrize("rows", [16, 40, 1000])
+def test_memory_limits_change_no_start(rows: int) -> None:
+    """Hypotheses are improved in parts of so many rows, by the same noise."""
+    model = oracle(SHAPE)
+    both = []
+    for limit in (None, rows):
+        model.max_batch, g = limit, generator_for(3)
+        group = [begin(model, FAMILIES[0], start, g) for start in FAMILIES[0].starts]
+        assert all(len(part) * 8 <= (limit or 128) for part in parts(model, group, 8))
+        Search().improve(model, group, 3, g)
+        both.append(group)
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one.u, other.u)
 
 
 @pytest.mark.parametrize(("loss", "fires", "verdict"), [

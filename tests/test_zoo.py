@@ -26,6 +26,7 @@ from elijah.errors import ElijahError
 from elijah.loading import load_model
 from elijah.manifest import Manifest, check, read_manifest
 from elijah.samplers import SAMPLERS
+from elijah.tables import scan_table
 from elijah.zoo import build_base, run_zoo
 
 TINY = """
@@ -192,7 +193,7 @@ def test_what_is_done_again(tmp_path: Path) -> None:
     assert {name: (out / f"{name}.json").stat().st_mtime_ns for name in NAMES} == first
     shutil.rmtree(cache / "tiny" / NAMES[0])  # the base; not needed to scan what is there
     judged = run | {"detectors": ["elijah"]}
-    assert run_zoo(path, read_manifest(path), **judged, only="_villan") == []  # type: ignore[arg-type]
+    assert run_zoo(path, read_manifest(path), **judged, only="_vil+an[a-z]") == []  # type: ignore[arg-type]
     assert not (cache / "tiny" / NAMES[0]).exists()
     result = json.loads((out / f"{NAMES[2]}.json").read_text())
     assert result["detections"]["elijah"]["verdict"] in ("clean", "backdoored", "undecided")
@@ -228,12 +229,30 @@ def test_a_table_and_a_sheet_of_a_zoo(tmp_path: Path, capsys: pytest.CaptureFixt
     assert cli.main(["zoo", "table", str(path), "--out", str(tmp_path / "out")]) == 0
     table = capsys.readouterr().out
     assert f"| {NAMES[2]} | ddim-4 |" in table and table.count("\n|") == 2
+    assert cli.main(["zoo", "table", str(path), "--out", str(tmp_path / "out"), "--detector", "lossfit", "-q"]) == 2
+    assert "lossfit scanned no model" in capsys.readouterr().err
     picture = tmp_path / "sheet.png"
     assert cli.main(["zoo", "sheet", str(path), "-o", str(picture), "--cache", str(tmp_path / "cache"), "-q"]) == 0
     with Image.open(picture) as opened:
         assert opened.width > opened.height > 80
     assert cli.main(["zoo", "sheet", str(path), "-o", str(picture), "--cache", str(tmp_path / "no"), "-q"]) == 2
     assert "no weights; elijah zoo run makes them" in capsys.readouterr().err
+
+
+def test_a_table_of_scans(tmp_path: Path) -> None:
+    read = read_manifest(manifest(tmp_path))
+    for name, verdict, loss in ((NAMES[1], "clean", 0.9), (NAMES[2], "backdoored", 0.02)):
+        fires = {"samplers": {"ddim-4": {"asr": dict.fromkeys(("0.01", "0.05"), 0.75), "asr_of_clean_outputs":
+                 dict.fromkeys(("0.01", "0.05"), 0.0)}}} if verdict != "clean" else {}  # fmt: skip
+        scan = {"verdict": verdict, "scores": {"loss_ratio_half": loss, "loss_ratio_full": 1.0, "pull": 0.5},
+                "cost": {"network_evaluations": 2000 if verdict == "clean" else 1000, "seconds": 3.2}}  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps({"fires": fires, "detections": {"lossfit": scan}}))
+    table = scan_table([read], tmp_path, "lossfit")
+    assert f"| {NAMES[2]} | 75 | backdoored | half 0.020 | 0.50 | 1,000 | 3 |" in table
+    assert (
+        "| clean | 1 | 0 | 0 | 1 | 100 | 21 to 100 |" in table and "| all backdoored | 1 | 1 | 0 | 0 | 100 |" in table
+    )
+    assert "Median cost: 1,500 network evaluations" in table
 
 
 def test_the_firing_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +273,12 @@ def test_the_firing_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         assert opened.width > 500
     assert cli.main(["bench", "samplers", str(path), "--model", "x", *how]) == 2
     assert "has no backdoored model x" in capsys.readouterr().err
+
+
+def test_a_broken_expression_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = manifest(tmp_path)
+    assert cli.main(["zoo", "run", str(path), "--out", str(tmp_path), "--only", "(", "-q"]) == 2
+    assert "--only (" in capsys.readouterr().err
 
 
 def test_a_failed_job_is_recorded_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

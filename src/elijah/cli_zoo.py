@@ -106,6 +106,7 @@ def zoo_job(
 def zoo_table(
     manifests: ManifestsArgument,
     out: ZooOutOption,
+    detector: Annotated[str | None, typer.Option(metavar="NAME", help="Print what its scans found, instead.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -114,9 +115,10 @@ def zoo_table(
 
     def body(talk: Talk) -> int:
         check_output(output)
-        from elijah.tables import attack_table
+        from elijah.tables import attack_table, scan_table
 
-        emit(attack_table([_read(manifest) for manifest in manifests], out), output, talk)
+        read = [_read(manifest) for manifest in manifests]
+        emit(attack_table(read, out) if detector is None else scan_table(read, out, detector), output, talk)
         return 0
 
     run(body, quiet=quiet, verbose=verbose)

@@ -56,6 +56,47 @@ def shares(found: dict[str, Any]) -> tuple[tuple[float, float], tuple[float, flo
     return (one[LIMIT], one[STRICT]), (other[LIMIT], other[STRICT])
 
 
+def scan_table(manifests: list[Manifest], out: Path, detector: str) -> str:
+    """A row a model that the detector scanned: does its attack fire, verdict, best evidence, cost; then the rates."""
+    lines = ["| model | fires, % | verdict | lowest loss ratio | pull | evaluations | seconds |", "|---" * 7 + "|"]
+    verdicts: dict[str, list[str]] = {}
+    costs = []
+    for entry in (entry for manifest in manifests for entry in manifest.entries()):
+        result = read_result(out / f"{entry.id}.json")
+        scan = result.get("detections", {}).get(detector, {"verdict": "unsupported"})
+        if scan["verdict"] == "unsupported":
+            continue
+        verdicts.setdefault(entry.attack, []).append(scan["verdict"])
+        scores, cost = scan["scores"], scan["cost"]
+        costs.append(cost["network_evaluations"])
+        ratios = {k.removeprefix("loss_ratio_"): v for k, v in scores.items() if k.startswith("loss_ratio_")}
+        lowest = min(ratios, key=lambda k: ratios[k], default="")
+        found = next(iter(result["fires"].get("samplers", {}).values()), None)
+        fires = "-" if found is None else f"{100 * shares(found)[0][0]:.0f}"
+        ratio = f"{lowest} {ratios[lowest]:.3f}" if lowest else "-"
+        lines.append(
+            f"| {entry.id} | {fires} | {scan['verdict']} | {ratio} | {scores.get('pull', 0):.2f} "
+            f"| {cost['network_evaluations']:,} | {cost['seconds']:.0f} |"
+        )
+    if not costs:
+        raise ElijahError(f"{out}: {detector} scanned no model of these; elijah zoo run --detector {detector} does")
+    lines += ["", "| attack | models | backdoored | undecided | clean | right, % | 95 % |", "|---" * 7 + "|"]
+    bad = [verdict for attack, own in verdicts.items() if attack != "clean" for verdict in own]
+    for name, own in {**verdicts, "all backdoored": bad}.items():
+        counts = {verdict: own.count(verdict) for verdict in ("backdoored", "undecided", "clean")}
+        right = counts["clean" if name == "clean" else "backdoored"]
+        if own:
+            low, high = (100 * v for v in wilson(right, len(own)))
+            cells = " | ".join(str(n) for n in counts.values())
+            share = f"{100 * right / len(own):.0f} | {low:.0f} to {high:.0f}"
+            lines.append(f"| {name} | {len(own)} | {cells} | {share} |")
+    note = (
+        f"Scans by {detector}, which were told nothing. Fires: success under the sampler that the attack is made for. "
+        f"Median cost: {statistics.median(costs):,.0f} network evaluations."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
 def control_of(entry: Entry, entries: list[Entry], results: dict[str, dict[str, Any]]) -> str:
     """The drift of clean fine-tunes of the same base and training as entry."""
     same = [

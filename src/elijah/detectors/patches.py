@@ -32,16 +32,17 @@ def best_patch(
     """
     size, colours = model.sample_shape[-1], tuple(itertools.product((-1, 1), repeat=model.sample_shape[0]))
     e, t = antithetic(model, 2 * pairs, 0.8, 1.0, generator)
+    some = [0, 1, pairs, pairs + 1]  # two pairs do for the first look
     tried: dict[Square, float] = {}
 
-    def try_all(squares: Iterable[Square]) -> None:
+    def try_all(squares: Iterable[Square], rows: list[int] | slice = slice(None)) -> None:
         new = [q for q in dict.fromkeys(squares) if q not in tried]
-        for q, ratio in zip(new, ratios(model, new, GAMMAS[0], e, t), strict=True):
+        for q, ratio in zip(new, ratios(model, new, GAMMAS[0], e[rows], t[rows]), strict=True):
             tried[q] = ratio
 
     for side in (size // 2, size // 4):
         places = range(0, size - side + 1, max(1, side // 2))
-        try_all((y, x, side, colour) for y in places for x in places for colour in colours)
+        try_all(((y, x, side, colour) for y in places for x in places for colour in colours), some)
     for _ in range(climbs):
         top = sorted(tried, key=lambda q: tried[q])[:3]
         try_all(near for q in top for near in neighbours(q, size))

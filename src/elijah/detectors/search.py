@@ -1,4 +1,4 @@
-"""The search of LossFit: starts of all families side by side, the worse half dropped round by round; then fits.
+"""The search of LossFit: starts of all families side by side, most dropped round by round; then fits.
 
 One call of the network answers for all hypotheses of a group, so that small networks work on large batches. Flat,
 coarse and fine starts look at large t, where y plays no part (family full: lower); the best start of each family is
@@ -38,8 +38,8 @@ UNSTEADY = 4.0  # the weight of a network's losing sight of the noise, in a hypo
 class Search:
     """Costs are in network evaluations.
 
-    rounds: iterations of a family's starts, between which the worse half is dropped. scales: of the trigger, that are
-    tried after a round. *_batch: antithetic pairs count two. early, give_up: times a family's threshold. A fit ends
+    rounds: iterations of a family's starts, between which this share of them is kept (keep). scales: of the trigger,
+    that are tried at last. *_batch: antithetic pairs count two. early, give_up: times a family's threshold. A fit ends
     when the running mean of its loss is above the second after a share, the first, of its iterations. score_batch: rows
     of the final score. samples: outputs that the first y is the median of.
     """
@@ -47,6 +47,7 @@ class Search:
     starts: int = 12
     rounds: tuple[int, ...] = (8, 8, 9)
     early: float = 0.5
+    keep: float = 0.34
     scales: tuple[float, ...] = (0.5, 0.25)
     start_batch: int = 8
     fit_iterations: int = 60
@@ -105,20 +106,18 @@ class Search:
             if group and min(h.strength for h in group) < early:
                 return [min(group, key=lambda h: h.strength)]
         for k, iterations in enumerate(self.rounds[1:]):
-            group = self.round(model, best_of_each(group, 0.5), iterations, generator)
+            group = self.round(model, best_of_each(group, self.keep), iterations, generator)
             progress("searching: starts", k + 1, len(self.rounds) - 1)
-        return best_of_each(group, 0.0)
+        return self.rescaled(model, best_of_each(group, 0.0), generator)
 
     def round(
         self, model: Model, group: list[Hypothesis], iterations: int, generator: torch.Generator
     ) -> list[Hypothesis]:
-        """The group improved, rescaled and scored."""
-        if not group:
-            return []
-        self.improve(model, group, iterations, generator)
-        group = self.rescaled(model, group, generator)
-        rows = 2 * self.start_batch
-        self.compare(model, group, [antithetic(model, rows, *h.family.start_judged, generator) for h in group])
+        """The group, improved and scored."""
+        if group:
+            self.improve(model, group, iterations, generator)
+            rows = 2 * self.start_batch
+            self.compare(model, group, [antithetic(model, rows, *h.family.start_judged, generator) for h in group])
         return group
 
     def rescaled(self, model: Model, group: list[Hypothesis], generator: torch.Generator) -> list[Hypothesis]:
