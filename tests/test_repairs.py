@@ -14,13 +14,15 @@ from elijah.data import load_images, to_uint8
 from elijah.detection import Finding
 from elijah.diffusion import Model, generator_for
 from elijah.metrics import paired_drift
-from elijah.repairs import DEFAULT, REPAIRS, Unshift
+from elijah.repairs import DEFAULT, REPAIRS, Prune, Unshift
 from elijah.response import Response
 from elijah.training import denoising_loss
 from elijah.trigger import make_trigger
 
 SHAPE = (1, 8, 8)
-USES_TARGET = {"unshift": True, "elijah": False}
+USES = {  # of a finding
+    "unshift": {"trigger", "target"}, "elijah": {"trigger"}, "prune": {"trigger"}, "finetune": set(),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +55,29 @@ def test_contract(name: str, digits: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", REPAIRS)
 def test_only_found_values_are_used(name: str, digits: torch.Tensor) -> None:
-    """The trigger counts, the target where the method says so, and how the finding is called or scored never."""
+    """What the method says it uses counts, and how the finding is called or scored never."""
     one = weights(repaired(name, found(), digits))
     assert equal(one, weights(repaired(name, found(loss_ratio=0.9, matches="something else"), digits)))
-    assert not equal(one, weights(repaired(name, found(trigger=found(1).trigger), digits)))
-    assert equal(one, weights(repaired(name, found(target=found(1).target), digits))) != USES_TARGET[name]
-    assert equal(one, weights(repaired(name, found(target=None), digits))) != USES_TARGET[name]
+    assert equal(one, weights(repaired(name, found(trigger=found(1).trigger), digits))) != ("trigger" in USES[name])
+    assert equal(one, weights(repaired(name, found(target=found(1).target), digits))) != ("target" in USES[name])
+    assert equal(one, weights(repaired(name, found(target=None), digits))) != ("target" in USES[name])
 
 
 def test_there_is_a_default() -> None:
-    assert DEFAULT in REPAIRS and set(USES_TARGET) == set(REPAIRS)
+    assert DEFAULT in REPAIRS and set(USES) == set(REPAIRS)
+
+
+def test_pruned_channels_stay_off(digits: torch.Tensor) -> None:
+    """Those that answer the trigger most, of all convolutions but the last; the rest is fine-tuned."""
+    model, share = random_model(), 0.2
+    prune = Prune(steps=3, batch_size=4, share=share)
+    ranks = prune.ranked(model, found(), generator_for(0))
+    assert [value for value, _, _ in ranks] == sorted((value for value, _, _ in ranks), reverse=True)
+    assert {"conv_in"} < {name for _, name, _ in ranks} and not any(name == "conv_out" for _, name, _ in ranks)
+    fixed = dict(prune(model, found(), digits, generator=generator_for(0)).network.named_modules())
+    off = {(name, channel) for _, name, channel in ranks[: round(share * len(ranks))]}
+    for _, name, channel in ranks:
+        assert bool(fixed[name].weight[channel].any()) != ((name, channel) in off)
 
 
 @pytest.mark.parametrize("s0", [0.02, 0.5])
