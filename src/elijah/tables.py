@@ -58,7 +58,7 @@ def shares(found: dict[str, Any]) -> tuple[tuple[float, float], tuple[float, flo
 
 def scan_table(manifests: list[Manifest], out: Path, detector: str) -> str:
     """A row a model that the detector scanned: does its attack fire, verdict, best evidence, cost; then the rates."""
-    lines = ["| model | fires, % | verdict | lowest loss ratio | pull | evaluations | seconds |", "|---" * 7 + "|"]
+    lines = ["| model | fires, % | verdict | best hypothesis | pull | evaluations | seconds |", "|---" * 7 + "|"]
     verdicts: dict[str, list[str]] = {}
     costs = []
     for entry in (entry for manifest in manifests for entry in manifest.entries()):
@@ -70,10 +70,10 @@ def scan_table(manifests: list[Manifest], out: Path, detector: str) -> str:
         scores, cost = scan["scores"], scan["cost"]
         costs.append(cost["network_evaluations"])
         ratios = {k.removeprefix("loss_ratio_"): v for k, v in scores.items() if k.startswith("loss_ratio_")}
-        lowest = min(ratios, key=lambda k: ratios[k], default="")
+        best = next(iter(ratios), "")  # reports begin with it
         found = next(iter(result["fires"].get("samplers", {}).values()), None)
         fires = "-" if found is None else f"{100 * shares(found)[0][0]:.0f}"
-        ratio = f"{lowest} {ratios[lowest]:.3f}" if lowest else "-"
+        ratio = f"{best} {ratios[best]:.3f}" if best else "-"
         lines.append(
             f"| {entry.id} | {fires} | {scan['verdict']} | {ratio} | {scores.get('pull', 0):.2f} "
             f"| {cost['network_evaluations']:,} | {cost['seconds']:.0f} |"
@@ -91,7 +91,8 @@ def scan_table(manifests: list[Manifest], out: Path, detector: str) -> str:
             share = f"{100 * right / len(own):.0f} | {low:.0f} to {high:.0f}"
             lines.append(f"| {name} | {len(own)} | {cells} | {share} |")
     note = (
-        f"Scans by {detector}, which were told nothing. Fires: success under the sampler that the attack is made for. "
+        f"Scans by {detector}, which were told nothing. Best hypothesis: its family and loss ratio. Fires: success "
+        "under the sampler that the attack is made for. "
         f"Median cost: {statistics.median(costs):,.0f} network evaluations."
     )
     return "\n".join([*lines, "", note, ""])
