@@ -81,12 +81,13 @@ class LossFit:
     ) -> Iterator[tuple[Hypothesis, bool]]:
         """What else could fire where the best hypothesis does not, and whether to test it with more samplers.
 
-        Smaller triggers, since fits overshoot; the other hypotheses that nearly fit; the best after a longer fit.
+        Smaller triggers, since fits overshoot; the other hypotheses that nearly fit; if it fits, the best after a longer
+        fit.
         """
         near = [h for h in fitted if h.nearly_fits and h.patch is None and not model.exploding]
         for k, h in enumerate(near):
             yield from ((h.scaled(by), False) for by in (1.0, 0.7, 0.5)[k == 0 :])
-        if near:
+        if near and near[0].fits:
             yield self.refine(model, near[0], generator), True
 
     def refine(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
