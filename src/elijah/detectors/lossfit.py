@@ -81,8 +81,7 @@ class LossFit:
     ) -> Iterator[tuple[Hypothesis, bool]]:
         """What else could fire where the best hypothesis does not, and whether to test it with more samplers.
 
-        Smaller triggers, since fits overshoot; the other hypotheses that nearly fit; if it fits, the best after a longer
-        fit.
+        Smaller triggers, since fits overshoot; the others that nearly fit; after a longer fit the best, if it fits.
         """
         near = [h for h in fitted if h.nearly_fits and h.patch is None and not model.exploding]
         for k, h in enumerate(near):
