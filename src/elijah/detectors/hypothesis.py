@@ -77,11 +77,13 @@ FULL = Family(  # at t = T it answers like a clean network; it shows where y is 
 FAMILIES = (
     HALF,
     replace(
-        HALF, name="half_faint", judged=((0.45, 1.0),), max_loss_ratio=0.2, max_if_fires=0.2, reach=FAINT,
-        starts=(*FLAT, COARSE, COARSE, FINE, FINE),
+        HALF, name="half_faint", matches=HALF.matches + ", faint", judged=((0.45, 1.0),), max_loss_ratio=0.2,
+        max_if_fires=0.2, reach=FAINT, starts=(*FLAT, COARSE, COARSE, FINE, FINE),
     ),
     FULL,
-    replace(FULL, name="full_faint", reach=FAINT, max_loss_ratio=0.55, max_if_fires=0.55),
+    replace(
+        FULL, name="full_faint", matches=FULL.matches + ", faint", reach=FAINT, max_loss_ratio=0.55, max_if_fires=0.55
+    ),
     Family(  # judged where the noise hides the target, which need not be one image
         "zero", Response(0.0, 0.0, 0.6), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.2, 0.2, fits_gamma=True,
         starts=(COARSE,) * 8 + (Start(0.0, by_mean=False),) * 4, reach=0.5,
