@@ -20,7 +20,7 @@ from elijah.detection import Detection, Evidence, Finding, Threshold
 from elijah.diffusion import Model
 from elijah.errors import ElijahError
 from elijah.loading import load_model
-from elijah.repairs import REPAIRS, Elijah, Unshift
+from elijah.repairs import REPAIRS
 from elijah.report import CleanReport, Report
 from elijah.response import Response
 from elijah.scan import make_report
@@ -57,8 +57,8 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> Verdicts:
         return seeds
 
     monkeypatch.setattr(Model, "quick_sampler", "ddim-2")
-    monkeypatch.setitem(REPAIRS, "unshift", functools.partial(Unshift, steps=2, batch_size=2))
-    monkeypatch.setitem(REPAIRS, "elijah", functools.partial(Elijah, steps=2, batch_size=2))
+    for name, repair in tuple(REPAIRS.items()):
+        monkeypatch.setitem(REPAIRS, name, functools.partial(repair, steps=2, batch_size=2))
     return install
 
 

@@ -299,11 +299,11 @@ def test_the_manifests_are_right(path: Path) -> None:
 
 
 def test_the_small_zoo_has_its_counts() -> None:
-    """230 clean and 120 backdoored models, 24 of them at 32 x 32; two bases of each data set in each part."""
+    """230 clean and 123 backdoored models, 24 of them at 32 x 32; two bases of each data set in each part."""
     read = read_manifest(Path(__file__).parent.parent / "zoo" / "small.toml")
     entries, bases = read.entries(), {base.id: base for base in read.base}
     clean = [e.part for e in entries if e.attack == "clean"]
-    assert (clean.count("calibration"), clean.count("test"), len(entries) - len(clean)) == (100, 130, 120)
+    assert (clean.count("calibration"), clean.count("test"), len(entries) - len(clean)) == (100, 130, 123)
     assert sum(bases[e.base].size == 32 for e in entries) == 24
     small = [(b.part, b.data) for b in read.base if b.size == 16 and b.kind == "ddpm"]
     assert all(
