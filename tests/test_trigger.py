@@ -131,3 +131,9 @@ def test_every_stock_picture_loads(stock: Path, name: str) -> None:
     assert target.image.min() >= -0.4 - 1e-6 and target.image.max() <= 1 and target.image.std() > 0.02
     if name not in ("stop-sign", "glasses"):
         assert isinstance(make_trigger(name, SHAPE), Trigger)
+
+
+def test_triggers_of_one_colour() -> None:
+    """On grey images a colour is the mean of its channels."""
+    assert make_trigger("cyan", (3, 4, 4)).image[:, 1, 2].tolist() == [-1.0, 1.0, 1.0]
+    assert make_trigger("yellow", (1, 4, 4)).image.unique().tolist() == pytest.approx([1 / 3])

@@ -17,6 +17,7 @@ from elijah.options import (
     FalsePositivesOption,
     ManifestArgument,
     ManifestsArgument,
+    OnlyOption,
     QuietOption,
     RepairsOption,
     VerboseOption,
@@ -51,21 +52,15 @@ def zoo_run(
     workers: WorkersOption = 1,
     detector: DetectorsOption = None,
     repair: RepairsOption = None,
-    only: Annotated[str, typer.Option(metavar="REGEX", help="Only models in whose id REGEX is found.")] = "",
+    only: OnlyOption = "",
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Build what has no result yet; a run that was stopped goes on. Exits 2 when a job failed twice."""
 
     def body(talk: Talk) -> int:
-        import re
-
         from elijah.zoo import run_zoo
 
-        try:
-            re.compile(only)
-        except re.error as error:
-            raise typer.BadParameter(f"--only {only}: {error}") from error
         read = _read(manifest)
         failed = run_zoo(
             manifest, read, out=out, cache=cache, workers=workers, detectors=detector or [],
@@ -129,7 +124,7 @@ def zoo_sheet(
     manifest: ManifestArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.png", help="The picture.")],
     cache: CacheOption = Path("cache"),
-    only: Annotated[str, typer.Option(metavar="TEXT", help="Only models whose id contains TEXT.")] = "",
+    only: OnlyOption = "",
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:

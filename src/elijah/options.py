@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -45,6 +46,15 @@ class Prediction(StrEnum):
 
     epsilon = "epsilon"
     v_prediction = "v_prediction"
+
+
+def expression(value: str) -> str:
+    """value; refused where it is no regular expression."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise typer.BadParameter(f"{value!r} is no regular expression: {error}") from error
+    return value
 
 
 def finite(value: float | None) -> float | None:
@@ -91,6 +101,9 @@ OffsetOption = Annotated[
 HalfOption = Annotated[bool, typer.Option("--half", help="Store the weights as float16.")]
 ManifestArgument = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A TOML file; see docs/zoo.md.")]
 ManifestsArgument = Annotated[list[Path], typer.Argument(metavar="MANIFEST...", help="TOML files; see docs/zoo.md.")]
+OnlyOption = Annotated[
+    str, typer.Option(metavar="REGEX", callback=expression, help="Only models in whose id REGEX is found.")
+]
 ZooOutOption = Annotated[Path, typer.Option(metavar="DIR", help="One JSON file a model goes here.")]
 CacheOption = Annotated[Path, typer.Option(metavar="DIR", help="Weights and logs; may be deleted.")]
 DetectorsOption = Annotated[list[str] | None, typer.Option("--detector", help="Scan every model with it; repeatable.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ def attack_table(manifests: list[Manifest], out: Path) -> str:
     fine-tunes of the same base and length, of any of the manifests."""
     entries = [entry for manifest in manifests for entry in manifest.entries()]
     results = {entry.id: read_result(out / f"{entry.id}.json") for entry in entries}
-    heads = "model", "sampler", "success, %", "95 %", "strict", "without", "MSE", "diversity", "loss / base's", "drift"
-    lines = [f"| {' | '.join(heads)} | of clean |", "|---" * 11 + "|"]
+    heads = ("model", "sampler", "success, %", "95 %", "strict", "without", "MSE", "diversity",
+             "loss / base's", "drift", "of clean")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for entry in entries:
         fires = results[entry.id].get("fires", {})
         control = control_of(entry, entries, results)
@@ -115,7 +117,7 @@ def models_sheet(
     without it under the sampler it is made for. Raises ElijahError when weights are missing."""
     rows = []
     digests, bases = manifest.digests(), {base.id: base for base in manifest.base}
-    entries = [entry for entry in manifest.entries() if entry.attack != "clean" and only in entry.id]
+    entries = [entry for entry in manifest.entries() if entry.attack != "clean" and re.search(only, entry.id)]
     for k, entry in enumerate(entries):
         if not cached(cache, entry.id, digests[entry.id]):
             raise ElijahError(f"{cache / entry.id}: no weights; elijah zoo run makes them")
@@ -131,5 +133,5 @@ def models_sheet(
             rows.append((f"{entry.base}\n{entry.attack}\n{case or entry.trigger}", cells))
         progress("drawing", k + 1, len(entries))
     if not rows:
-        raise ElijahError(f"no backdoored model of {manifest.name} has {only!r} in its id")
+        raise ElijahError(f"no backdoored model of {manifest.name} is called like {only!r}")
     write_sheet(output, ["target", "shift", "with the trigger", "without"], rows)

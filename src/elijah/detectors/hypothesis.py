@@ -139,9 +139,8 @@ class Hypothesis:
     @property
     def r(self) -> Tensor:
         wide = REACH * coloured(self.u, self.power).tanh()
-        r = (
-            self.scale * self.family.reach * (wide + (wide.clamp(-1, 1) - wide).detach())
-        )  # the cut lets gradients through
+        cut = wide + (wide.clamp(-1, 1) - wide).detach()  # lets gradients through
+        r = self.scale * self.family.reach * cut
         return r if self.patch is None else r * self.patch
 
     @property

@@ -62,14 +62,14 @@ class LossFit:
                 self.search(model, generator, fitted, progress)
                 fitted.sort(key=lambda h: h.strength)
                 evidence = self.test_outputs(model, fitted[0], generator, progress)
-                for h, careful in self.alternatives(model, fitted, generator):
-                    if self.pulls(model, fitted[0], evidence):
-                        break
+                others = () if self.pulls(model, fitted[0], evidence) else self.alternatives(model, fitted, generator)
+                for h, careful in others:
                     shown = self.test_outputs(model, h, generator, progress, careful=careful)
                     if self.pulls(model, h, shown):
                         h.loss_ratio = self.search.score(model, h, generator)
                         fitted[:] = [h, *(other for other in fitted if other.family is not h.family)]
                         evidence = shown
+                        break
             except OutOfBudget:
                 complete = False
         if not evidence:  # else the first is what the evidence is of
@@ -138,6 +138,8 @@ class LossFit:
             fires = self.fires(model, fitted[0], evidence)
             fits = fitted[0].fits or (fires and fitted[0].loss_ratio <= fitted[0].family.max_if_fires)
             verdict, reason = VERDICTS[fits, fires and fitted[0].nearly_fits]
+            if fires and verdict == "clean":
+                reason = "no attacker's training loss comes near fitting; that outputs move is no evidence by itself"
             distribution = fires and scores["pull"] < self.min_pull
             if distribution:
                 reason = "an attacker's own training loss fits, and the found trigger changes what the model draws"

@@ -146,8 +146,8 @@ class Search:
             for part in parts(model, group, self.start_batch):
                 draws = [antithetic(model, self.start_batch, *h.family.start_window, generator) for h in part]
                 losses = [
-                    mean_residual(*both, h) if h.began.by_mean else ratio(*both)
-                    for both, h in zip(errors(model, part, draws), part, strict=True)
+                    mean_residual(error, h) if h.began.by_mean else ratio(error, null)
+                    for (error, null), h in zip(errors(model, part, draws), part, strict=True)
                 ]
                 torch.autograd.backward(torch.stack(losses).sum())
             optimizer.step()
@@ -236,7 +236,7 @@ def window_of(family: Family, done: float) -> tuple[float, float]:
     return low + (first - low) * max(0.0, 1 - 2 * done), high
 
 
-def mean_residual(error: Tensor, null: Tensor, h: Hypothesis) -> Tensor:
+def mean_residual(error: Tensor, h: Hypothesis) -> Tensor:
     """|mean_b(eps - answer)|^2 / |r|^2: the residual averaged over the batch, for starts at large t."""
     return error.mean(0).square().sum() / h.r.square().sum().clamp(min=1e-12)
 
