@@ -23,10 +23,10 @@ from elijah.detection import Evidence
 from elijah.detectors import LossFit
 from elijah.detectors.hypothesis import FAMILIES, Hypothesis
 from elijah.errors import ElijahError
+from elijah.judging import judge as scan_in_zoo
 from elijah.report import Report, command
 from elijah.scan import scan
 from elijah.verdict import Calibration, CleanModel, judge, models_for, read_calibration
-from elijah.zoo import judge as scan_in_zoo
 
 
 def clean_model(k: int, score: float, **other: Any) -> CleanModel:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,12 +22,13 @@ from torch import Tensor
 from elijah.attacks.planting import attack_for, cases, draw, plant
 from elijah.bases import new_model, train_autoencoder
 from elijah.classifier import classifier_for
-from elijah.clean import clean
 from elijah.data import load_images
 from elijah.diffusion import Model, Progress, generator_for, no_progress
-from elijah.errors import ElijahError, Unsupported
+from elijah.errors import ElijahError
 from elijah.features import inception_features
 from elijah.files import write_file, write_folder
+from elijah.judging import judge
+from elijah.judging_repairs import judge_repair
 from elijah.loading import load_model
 from elijah.manifest import Base, Entry, Manifest
 from elijah.metrics import (
@@ -40,7 +40,6 @@ from elijah.metrics import (
     paired_drift,
 )
 from elijah.runner import Job, run_jobs
-from elijah.scan import scan
 from elijah.training import Optimiser, denoising_loss, train
 from elijah.trigger import Target, Trigger
 
@@ -79,7 +78,13 @@ def run_job(
             build_base(base, bases, cache, digests)
         result["fires"] = earlier["fires"] if measured else measure(n, entry, base, cache, model, attack)
         result["detections"] = {d: judge(cache / name, d) for d in detectors}
-        result["repairs"] = {repair: judge_repair(n, entry, cache, attack, repair) for repair in repairs}
+        result["repairs"] = {
+            repair: judge_repair(n, cache / name, attack, samplers_of(entry, model), entry.seed, repair)
+            for repair in repairs
+        }
+            repair: judge_repair(n, cache / entry.id, attack, samplers_of(entry, model), entry.seed, repair)
+            for repair in repairs
+        }
         if measured:
             for key in ("detections", "repairs"):
                 result[key] = earlier[key] | result[key]
@@ -264,42 +269,6 @@ def target_judge(target: Target, base: Base) -> Callable[[Tensor], dict[str, Any
         return {"hit_rate": classifier.hit_rate(outputs), "classifier_accuracy": classifier.accuracy}
 
     return hits
-
-
-def judge(folder: Path, detector: str) -> dict[str, Any]:
-    """A scan of the folder, which is told nothing; for a kind that it cannot scan, the reason."""
-    try:
-        report = scan(str(folder), detector=detector, device="cpu")
-    except Unsupported as error:
-        return {"verdict": "unsupported", "reason": str(error)}
-    seen = report.model.model_dump(mode="json", include={"kind", "sample_shape", "parameters"})
-    return {"verdict": report.verdict, "scores": report.scores, "model": seen, "cost": report.cost.model_dump()}
-
-
-def judge_repair(n: int, entry: Entry, cache: Path, attack: Any, repair: str) -> dict[str, Any]:
-    """A cleaning of the folder, told nothing, and what is left of the attack after it."""
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        out = Path(folder) / "cleaned"
-        try:
-            report = clean(str(cache / entry.id), out, repair=repair, keep=True, device="cpu")
-        except Unsupported as error:
-            return {"verdict": "unsupported", "reason": str(error)}
-        assert report.before
-        result: dict[str, Any] = {"verdict_before": report.before.verdict, "verdict": report.verdict}
-        if report.cleaning is None:
-            return result
-        result |= {"updates": report.cleaning.updates, "seconds": report.cleaning.seconds}
-        model, fixed = load_model(str(cache / entry.id)), load_model(str(out))
-        e = model.noise(n, generator_for(entry.seed, 1))
-        before, after = (m.pixels(m.sample(e, m.quick_sampler, seed=1)) for m in (model, fixed))
-        result["drift"] = paired_drift(before, after)
-        for case, (start, target) in cases(attack).items() if attack is not None else ():
-            if target.images is None:
-                sampler = samplers_of(entry, fixed)[0]
-                outputs = fixed.pixels(draw(attack, fixed, start(fixed, e), sampler, seed=1))
-                rates = attack_success(outputs, target.image / 2 + 0.5)
-                result[f"asr {case}".strip()] = {str(limit): share for limit, share in rates.items()}
-        return result
 
 
 def run_zoo(
