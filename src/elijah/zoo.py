@@ -82,9 +82,6 @@ def run_job(
             repair: judge_repair(n, cache / name, attack, samplers_of(entry, model), entry.seed, repair)
             for repair in repairs
         }
-            repair: judge_repair(n, cache / entry.id, attack, samplers_of(entry, model), entry.seed, repair)
-            for repair in repairs
-        }
         if measured:
             for key in ("detections", "repairs"):
                 result[key] = earlier[key] | result[key]
