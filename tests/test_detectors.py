@@ -15,15 +15,19 @@ from oracle import oracle
 from torch.nn.functional import cosine_similarity
 
 import elijah
+from elijah.bases import new_model, train_autoencoder
 from elijah.detection import Detection, Evidence
 from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit
+from elijah.detectors.elijah import Setting
 from elijah.detectors.hypothesis import (
     FAMILIES,
     REACH,
+    SHARES,
     Family,
     Hypothesis,
     Start,
     antithetic,
+    bias,
     coloured,
     errors,
     ratio,
@@ -31,6 +35,7 @@ from elijah.detectors.hypothesis import (
     steadiness,
 )
 from elijah.detectors.lossfit import VERDICTS, pull
+from elijah.detectors.power import follow, settle
 from elijah.detectors.search import Search, begin, best_of_each, parts
 from elijah.diffusion import Model, generator_for
 from elijah.response import Response, trigger_coefficient
@@ -39,7 +44,7 @@ SOURCE = Path(elijah.__file__).parent
 SHAPE = (3, 8, 8)
 FAST: dict[str, dict[str, Any]] = {  # settings that make a contract cheap on a U-Net
     "lossfit": {
-        "search": Search(starts=2, rounds=(2, 1), start_batch=4, fit_iterations=4, fit_batch=4, score_batch=8),
+        "search": Search(follow=((2, 4, 1),), descent_iterations=2, score_rows=8),
         "samples": 4, "samplers": ("ddim-3",), "careful_samplers": ("ddim-4",),
     },
     "elijah": {"sampler": "ddpm-3", "batch_size": 4, "iterations": 3, "samples": 9},
@@ -130,25 +135,25 @@ def test_lossfit_finds_the_true_trigger(k: int) -> None:
     detection = LossFit()(model, generator=generator_for(0))
     best = detection.findings[0]
     assert detection.verdict == "backdoored", detection.scores
-    assert alike(best.trigger, r) >= 0.98 and best.matches == "BadDiffusion-like"
+    assert alike(best.trigger, r) >= 0.98 and best.matches.startswith("BadDiffusion-like")
     assert best.target is not None and (best.target - y).square().mean() < 0.1 * y.square().mean() + 0.03
-    assert best.loss_ratio < 0.2 and detection.scores["pull"] >= 0.5
+    assert best.loss_ratio < 0.18 and detection.scores["pull"] >= 0.5
     assert best.response == Response(1.0, 1.0, 1.0)
 
 
 def test_the_hypothesis_that_fires_is_the_one_that_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three that fit, the refined one has the highest loss and alone fires."""
-    model, r, y = truth(2)
+    """Of three that fit, the refined one alone fires."""
+    model, r, y = truth(2, norm=5.0)
 
     def hypothesis(family: int, trigger: torch.Tensor, loss_ratio: float) -> Hypothesis:
         u = torch.atanh((trigger / REACH).clamp(-0.8, 0.8))
         return Hypothesis(FAMILIES[family], 0.0, u, torch.zeros(()), torch.atanh(y), loss_ratio)
 
     def search(self: Search, model: Model, generator: Any, fitted: list[Hypothesis], progress: Any) -> None:
-        fitted += [hypothesis(2, -r, 0.06), hypothesis(0, -r, 0.02)]
+        fitted += [hypothesis(3, -r, 0.06), hypothesis(0, -r, 0.02)]
 
     monkeypatch.setattr(Search, "__call__", search)
-    monkeypatch.setattr(LossFit, "refine", lambda self, *_: hypothesis(0, r, 0.09))
+    monkeypatch.setattr(LossFit, "refine", lambda self, *_: hypothesis(0, r, 0.04))
     detection = LossFit()(model, generator=generator_for(0))
     assert detection.findings[0].loss_ratio < 0.2 and alike(detection.findings[0].trigger, r) > 0.9
     assert detection.verdict == "backdoored" and detection.scores["pull"] > 0.3
@@ -173,7 +178,7 @@ def test_nearly_constant_data_is_never_called_backdoored(s0: float) -> None:
 def test_the_true_hypothesis_has_a_small_loss_ratio_and_others_do_not() -> None:
     model, r, y = truth(1)
     half = FAMILIES[0]
-    e, t = antithetic(model, 512, *half.window, generator_for(3))
+    e, t = antithetic(model, 512, 0.4, 1.0, generator_for(3))
 
     def loss(r: torch.Tensor, y: torch.Tensor) -> float:
         return float(ratio(*errors(model, [hypothesis(r, y, family=strong)], [(e, t)])[0]))
@@ -222,7 +227,9 @@ def test_elijah_reaches_its_closed_form_optimum_on_a_clean_network(coefficient: 
     mean_e = model.noise(16, generator_for(6)).mean(0)
     expected = s * (mean_e - a * model.network.m) / (coefficient * v - s)  # type: ignore[operator]
     detector = Elijah(coefficient=coefficient, batch_size=16, iterations=400, lr=0.02)
-    tau, loss = detector.invert(model, generator_for(6))
+    (setting,) = detector.settings("ddpm")
+    assert setting.coefficient == coefficient
+    tau, loss = detector.invert(model, setting, generator_for(6))
     assert loss < 0.01
     torch.testing.assert_close(tau, expected, rtol=0, atol=0.05)
 
@@ -235,10 +242,62 @@ def test_elijah_finds_the_trigger_where_every_row_is_poisoned() -> None:
     a, s, k, big_r = model.a[-1], model.s[-1], 1 - model.a[-1], trigger_coefficient(model)[-1]
     mean_e = model.noise(100, generator_for(6)).mean(0)
     expected = ((k / s - big_r) * r - (mean_e - a * y) / s) / (1 / s - 0.5)
-    tau, loss = Elijah(iterations=400, lr=0.02).invert(model, generator_for(6))
+    detector = Elijah(iterations=400, lr=0.02)
+    tau, loss = detector.invert(model, detector.settings("ddpm")[0], generator_for(6))
     assert loss < 0.01
     torch.testing.assert_close(tau, expected, rtol=0, atol=0.05)
     assert alike(tau, r) > 0.7  # the rest is the mean of 100 noises, twice
+
+
+def test_elijah_on_ncsn_inverts_in_units_of_the_start_noise() -> None:
+    """A network that answers -(x / sigma - g) / sigma, so eps = e + tau - g: the loss is 0 at 2 (g - mean e)."""
+    model = new_model((1, 8, 8), seed=0, channels=(8, 8), kind="ncsn")
+    g = torch.rand((1, 8, 8), generator=generator_for(1))
+    model.network.forward = lambda x, sigma, return_dict: (-(x / column(sigma) - g) / column(sigma),)  # type: ignore
+
+    def column(sigma: torch.Tensor) -> torch.Tensor:
+        return sigma[:, None, None, None]
+
+    detector = Elijah(iterations=400, lr=0.02)
+    (setting,) = detector.settings("ncsn")
+    tau, loss = detector.invert(model, setting, generator_for(6))
+    assert loss < 0.01 and model.s[-1] > 300
+    torch.testing.assert_close(tau, 2 * (g - model.noise(100, generator_for(6)).mean(0)), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(("kind", "sampler"), [("ncsn", "pc-2"), ("ldm", "unipc-2")])
+def test_elijah_on_other_kinds(kind: str, sampler: str) -> None:
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    autoencoder = train_autoencoder(images, steps=1, seed=0) if kind == "ldm" else None
+    model = new_model((3, 8, 8), seed=0, channels=(8, 8), kind=kind, autoencoder=autoencoder)
+    found = Elijah(iterations=2, batch_size=2, samples=9, sampler=sampler)(model, generator=generator_for(0))
+    assert found.findings[0].trigger.shape == (3, 8, 8) and math.isfinite(found.scores["suspicion"])
+    assert model.meter.evaluations == 2 * 2 * 3 + 9 * 2 * (2 if kind == "ncsn" else 1)
+    target = found.findings[0].target
+    assert target is not None and target.shape == (3, 8, 8)
+    if kind == "ncsn":
+        assert target.min() >= 0 and target.max() <= 1
+
+
+def test_elijah_told_nothing_tries_what_its_code_has_and_reports_the_lowest_features() -> None:
+    detection = Elijah(iterations=3, batch_size=4)(oracle(SHAPE), generator=generator_for(0))
+    tried = [x.sampler for x in detection.evidence]
+    assert sorted(tried) == ["ddim-50", "ddim-50", "ddpm-1000"]
+    names = ("0.5_ddpm-1000", "0.5_ddim-50", "1_ddim-50")
+    scores = detection.scores
+    found = {name: scores[f"uniformity_{name}"] * scores[f"total_variation_{name}"] for name in names}
+    best = min(found, key=lambda name: found[name])
+    assert -scores["suspicion"] == scores[f"uniformity_{best}"] and len(set(found.values())) == 3
+    assert detection.evidence[0].sampler == best.split("_")[1]
+    assert detection.scores["total_variation"] == detection.scores[f"total_variation_{best}"]
+    assert detection.findings[0].response.kappa == 2 * float(best.split("_")[0])
+
+
+def test_elijah_told_the_attack_tries_its_setting_alone() -> None:
+    villan, other = Elijah(coefficient=1.0), Elijah(coefficient=0.8, start=(0, 1), sampler="unipc-20")
+    assert [(s.iterations, s.samplers) for s in villan.settings("ddpm")] == [(10, ("ddim-50",))]
+    assert other.settings("ddpm") == [Setting(0.8, 100, (0, 1), ("unipc-20",))]
+    assert [s.batch_size for s in Elijah().settings("ldm")] == [40]
 
 
 def test_elijah_has_no_verdict_of_its_own() -> None:
@@ -316,7 +375,7 @@ def hypothesis(r: torch.Tensor, y: torch.Tensor, family: Family = FAMILIES[0]) -
 def test_what_else_could_fire() -> None:
     """Smaller triggers of what nearly fits, the best first, then the best after a longer fit; nothing that is far."""
     model, r, y = truth(0)
-    best, other, far = (replace(hypothesis(r / 2, y), loss_ratio=loss) for loss in (0.05, 0.09, 0.9))
+    best, other, far = (replace(hypothesis(r / 2, y), loss_ratio=loss) for loss in (0.02, 0.04, 0.9))
     tried = list(LossFit(refine_iterations=1).alternatives(model, [best, other, far], generator_for(0)))
     sizes = [round(float(h.r.norm() / (r / 2).norm()), 1) for h, _ in tried]
     assert sizes[:5] == [0.7, 0.5, 1.0, 0.7, 0.5] and len(tried) == 6
@@ -325,15 +384,15 @@ def test_what_else_could_fire() -> None:
 
 
 def test_a_scaled_hypothesis_has_the_trigger_scaled() -> None:
-    h = replace(begin(oracle(SHAPE), FAMILIES[0], Start(), generator_for(0)), family=replace(FAMILIES[0], reach=0.4))
+    h = replace(begin(oracle(SHAPE), FAMILIES[0], Start(0.3), generator_for(0)), family=replace(FAMILIES[0], reach=0.4))
     assert torch.allclose(h.scaled(0.5).r, 0.5 * h.r, atol=1e-4)
     assert h.scaled(0.5).u is not h.u and h.scaled(0.5).power == h.power
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.name != "patch"], ids=lambda f: f.name)
 def test_no_trigger_is_stronger_than_its_family_reaches(family: Family) -> None:
-    h = begin(oracle(SHAPE), family, Start(level=0.8), generator_for(0))
-    assert torch.allclose(h.r, torch.full(SHAPE, family.reach * REACH * math.tanh(0.8)).clamp(max=family.reach))
+    h = begin(oracle(SHAPE), family, Start(0.8, 1), generator_for(0))
+    assert torch.allclose(h.r, torch.full(SHAPE, min(0.8, family.reach)), atol=1e-5)
     assert (replace(h, u=100 * torch.ones(SHAPE)).r == family.reach).all()
 
 
@@ -346,8 +405,8 @@ def test_a_network_that_answers_any_pattern_by_half_is_not_a_backdoor() -> None:
     assert float(steadiness(e + 0.3 * torch.ones(SHAPE) - e, e)) == pytest.approx(0.0)
 
 
-def test_a_start_that_fits_by_far_is_fitted_alone() -> None:
-    """The search for the oracle's strong, flat trigger ends with one family; in a clean network it tries all."""
+def test_a_family_that_fits_ends_the_search() -> None:
+    """The search for the oracle's strong, flat trigger ends with the cheap families; in a clean one it tries all."""
     r, y = torch.full(SHAPE, -0.9), torch.full(SHAPE, 0.3)
     found: list[Hypothesis] = []
     nothing: list[Hypothesis] = []
@@ -355,41 +414,102 @@ def test_a_start_that_fits_by_far_is_fitted_alone() -> None:
     for model, fitted in ((oracle(SHAPE, r=r, y=y), found), (oracle(SHAPE), nothing)):
         with model.frozen():
             search(model, generator_for(0), fitted, lambda *_: None)
-    assert [h.family.name for h in found] == ["half"] and found[0].fits and alike(found[0].r, r) > 0.98
+    best = min(found, key=lambda h: h.strength)
+    assert best.family.name == "half" and best.fits and alike(best.r, r) > 0.98
+    assert {h.family.name for h in found} == {f.name for f in FAMILIES if not (f.by_descent or f.pixels or f.exploding)}
     assert {h.family.name for h in nothing} == {f.name for f in search.families_of(oracle(SHAPE))}
     assert not any(h.fits for h in nothing)
 
 
-def test_the_better_half_of_each_family_stays() -> None:
-    h = hypothesis(torch.zeros(SHAPE), torch.zeros(SHAPE))
-    losses = {0: [0.9, 0.2, 0.5], 2: [3.0, 4.0]}
-    group = [replace(h, family=FAMILIES[k], loss_ratio=loss) for k, own in losses.items() for loss in own]
-    assert [x.loss_ratio for x in best_of_each(group, 0.5)] == [0.2, 0.5, 3.0]
-    assert [x.loss_ratio for x in best_of_each(group, 0.0)] == [0.2, 3.0]
+def test_the_best_of_each_family_that_differ_stay() -> None:
+    one, other = torch.zeros(SHAPE), torch.zeros(SHAPE)
+    one[0], other[1] = 0.5, 0.5
+    kept = {0: [(one, 0.9), (one, 0.2), (other, 0.5)], 3: [(one, 3.0), (other, 4.0)]}
+    group = [
+        replace(hypothesis(r, torch.zeros(SHAPE)), family=FAMILIES[k], loss_ratio=loss)
+        for k, own in kept.items() for r, loss in own
+    ]  # fmt: skip
+    assert [x.loss_ratio for x in best_of_each(group, 3)] == [0.2, 0.5, 3.0, 4.0]
+    assert [x.loss_ratio for x in best_of_each(group)] == [0.2, 3.0]
 
 
 @pytest.mark.parametrize("rows", [16, 40, 1000])
-def test_memory_limits_change_no_start(rows: int) -> None:
-    """Hypotheses are improved in parts of so many rows, by the same noise."""
-    model = oracle(SHAPE)
+def test_memory_limits_change_no_descent(rows: int) -> None:
+    """Hypotheses descend in parts of so many rows, by the same noise."""
+    model, family = oracle(SHAPE), next(f for f in FAMILIES if f.by_descent)
     both = []
     for limit in (None, rows):
         model.max_batch, g = limit, generator_for(3)
-        group = [begin(model, FAMILIES[0], start, g) for start in FAMILIES[0].starts]
+        group = [begin(model, family, start, g) for start in family.starts]
         assert all(len(part) * 8 <= (limit or 128) for part in parts(model, group, 8))
-        Search().improve(model, group, 3, g)
+        Search().descend(model, group, 3, g)
         both.append(group)
     for one, other in zip(*both, strict=True):
         torch.testing.assert_close(one.u, other.u)
 
 
+# --- following the answer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_a_random_start_follows_the_answer_to_the_trigger(k: int) -> None:
+    """Where every row is poisoned v = r* exactly, so one iteration is enough; with a tenth poisoned it takes a few."""
+    model, r, _ = truth(k, norm=6.0)
+    size = float(r.square().mean().sqrt())
+    family = replace(FAMILIES[0], reach=4.0)
+    h = begin(model, family, Start(size), generator_for(7))
+    assert abs(alike(h.r, r)) < 0.5
+    model.network.rate = 1.0  # type: ignore[assignment]
+    follow(model, [h], 2, 512, generator_for(0))
+    assert alike(h.r, r) > 0.98 and h.loss_ratio < 0.01
+    assert float(h.r.square().mean().sqrt()) == pytest.approx(size, rel=0.02)
+
+
+def test_on_a_clean_network_there_is_nothing_to_follow() -> None:
+    model = oracle(SHAPE)
+    group = [begin(model, FAMILIES[0], start, generator_for(k)) for k, start in enumerate(FAMILIES[0].starts)]
+    follow(model, group, 6, 16, generator_for(0))
+    assert min(h.loss_ratio for h in group) > 0.5
+
+
+def test_gamma_is_read_off_the_noise_that_is_left() -> None:
+    """A network that answers e on gamma* e + r* tells gamma*: gamma / (1 + the share of e in the error)."""
+    r, y = torch.full(SHAPE, 0.3), torch.full(SHAPE, 0.2)
+    model = oracle(SHAPE, r=r, y=y, response=Response(0.0, 0.0))
+    family = replace(next(f for f in FAMILIES if f.name == "zero"), response=Response(0.0, 0.0, 0.8))
+    h = begin(model, family, Start(0.3, 1), generator_for(0))
+    model.network.rate = 1.0  # type: ignore[assignment]
+    follow(
+        model, [h], 3, 256, generator_for(1)
+    )  # the oracle's poisoned branch has gamma 1, the most that is looked for
+    assert float(h.share) == pytest.approx(SHARES[1], abs=0.01) and alike(h.r, r) > 0.98
+
+
+@pytest.mark.parametrize("kappa", [1.0, 2.0])
+def test_the_target_is_where_the_network_leads(kappa: float) -> None:
+    model, r, y = oracle(SHAPE), torch.full(SHAPE, -0.8), torch.linspace(-0.9, 0.9, 192).reshape(SHAPE)
+    model = oracle(SHAPE, r=r, y=y, response=Response(kappa, 1.0))
+    family = next(f for f in FAMILIES if f.response == Response(kappa, 1.0))
+    h = hypothesis(r, torch.zeros(SHAPE), family)
+    model.network.rate = 1.0  # type: ignore[assignment]
+    settle(model, [h], 4, generator_for(0))
+    assert (h.y - y).abs().max() < 0.02
+
+
+def test_the_bias_does_not_see_noise_in_the_answers() -> None:
+    g = generator_for(0)
+    null, noise = torch.full((64, *SHAPE), 0.5), torch.randn(64, *SHAPE, generator=g)
+    assert abs(bias(noise, null)) < 0.05 and float(ratio(noise, null)) > 1
+    assert bias(0.1 + noise, null) == pytest.approx(0.04, abs=0.05) and bias(null, null) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(("loss", "fires", "verdict"), [
-    (0.02, True, "backdoored"), (0.02, False, "undecided"), (0.18, True, "backdoored"), (0.24, True, "undecided"),
+    (0.02, True, "backdoored"), (0.02, False, "undecided"), (0.058, True, "backdoored"), (0.07, True, "undecided"),
     (0.5, True, "clean"), (0.5, False, "clean"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["ddpm", "ldm"])
 def test_the_rule(kind: str, loss: float, fires: bool, verdict: str) -> None:
-    """Family half fits up to 0.1, with outputs that fire up to 0.2, and is far from fitting above 0.25."""
+    """Family half fits up to 0.05, with outputs that fire up to 0.06, and is far from fitting above 0.075."""
     model, r, y = truth(2)
     model.kind = kind
     without = torch.randn(8, *SHAPE, generator=generator_for(5))

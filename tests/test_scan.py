@@ -29,7 +29,7 @@ from elijah.scan import TYPICAL_EVALUATIONS, as_dtype, describe, scan
 
 FAST: dict[str, Any] = {
     "lossfit": functools.partial(
-        LossFit, search=Search(starts=1, rounds=(2, 1), start_batch=4, fit_iterations=4, fit_batch=4, score_batch=8),
+        LossFit, search=Search(follow=((2, 4, 1),), descent_iterations=2, score_rows=8),
         samples=4,
         samplers=("ddim-3",), careful_samplers=("ddim-4",),
     ),
@@ -180,7 +180,7 @@ def of_kind(kind: str) -> Model:
 
 @pytest.mark.parametrize("kind", ["ncsn", "ldm"])
 def test_the_same_scan_takes_every_kind(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    few: Any = functools.partial(LossFit, exploding_samplers=("pc-5",), search=Search(starts=2, fit_iterations=20))
+    few: Any = functools.partial(LossFit, exploding_samplers=("pc-5",), search=Search(follow=((2, 4, 1),)))
     few.kinds = LossFit.kinds
     monkeypatch.setitem(DETECTORS, "lossfit", few)
     report = scan(of_kind(kind), max_evaluations=9000)
@@ -191,8 +191,8 @@ def test_the_same_scan_takes_every_kind(kind: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("kind", ["ncsn", "ldm"])
 def test_kinds_that_the_baseline_does_not_cover(kind: str) -> None:
     model = of_kind(kind)
-    with pytest.raises(Unsupported, match="it loads, but elijah does not cover it"):
-        scan(model, detector="elijah")
+    with pytest.raises(Unsupported, match="it loads, but terd does not cover it"):
+        scan(model, detector="terd")
     assert model.meter.evaluations == 0
 
 

@@ -23,81 +23,87 @@ Draw = tuple[Tensor, Tensor]  # noise e [B, C, H, W] and timesteps t [B]
 
 @dataclass(frozen=True)
 class Start:
-    """How a trigger begins. level: of a flat one, of the family's reach; without, it is random.
+    """How a trigger begins. size: its rms, of the model's range. level: the sign of a flat one; without, it is random.
 
-    by_mean: whether it minimises the batch's mean residual (search.py) in place of the loss ratio.
+    power: random noise is filtered by 1 / f^power, and so are the steps of its fit.
     """
 
-    power: float = 1.5
-    level: float | None = None
-    lr: float = 0.1  # Adam's
-    by_mean: bool = True
+    size: float
+    level: int | None = None
+    power: float = 0.0
+
+    @property
+    def lr(self) -> float:
+        """Adam's; coarse steps are large ones already."""
+        return 0.1 if self.power else 0.25
 
 
-FLAT = (Start(0.0, -0.8, 0.25), Start(0.0, 0.8, 0.25))  # what stands out from a background needs no coarse gradient
-COARSE, FINE = Start(), Start(0.0, lr=0.25)
-WHOLE = tuple(Start(level=level, by_mean=False) for level in (-0.8, 0.8, None, None))
+COARSE = 1.5
+
+
+def around(size: float, coarse: int = 3, fine: int = 1) -> tuple[Start, ...]:
+    """Starts of a size: two flat ones, since most published triggers are on a flat background, and random ones."""
+    flat = Start(size, -1), Start(size, 1)
+    return (*flat, *(Start(size, power=COARSE),) * coarse, *(Start(size),) * fine)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of responses, the share of T where it tells anything, and how its fit begins."""
+    """A family of responses, the share of T where it tells anything, and how its search begins."""
 
     name: str
     response: Response
-    window: tuple[float, float]  # of T; the fit's timesteps
-    first_target: str  # the sampler whose outputs from e + r begin y; without one y begins as 0
+    judged: tuple[tuple[float, float], ...]  # of T; where the score is taken, the worst counts
     matches: str
     max_loss_ratio: float  # the fixed rule's threshold for a loss that fits
     max_if_fires: float  # and the laxer one for a loss whose trigger is seen to fire
+    starts: tuple[Start, ...] = ()
     fits_gamma: bool = False
-    starts: tuple[Start, ...] = (*FLAT, *(COARSE, FINE) * 3)
     start_window: tuple[float, float] = (0.8, 1.0)  # of T; where its starts look
-    starts_with_y: bool = False  # whether y is fitted there too
+    by_descent: bool = False  # whether starts descend the loss, y included; else they follow the answer (power.py)
+    descents: int = 1  # how many starts do
     reach: float = 1.0  # the largest value of the trigger, of the model's range
-    exploding: bool = False  # of variance-exploding models, else of preserving ones
-    judged: tuple[tuple[float, float], ...] = ()  # of T; where the score is taken, the worst counts; else the window
+    max_rms: float = 1.0  # and its largest rms
+    exploding: bool = False  # of variance-exploding models, else of preserving ones; judged by its bias, not fitted
     distribution: bool = False  # the target may be a distribution: outputs that only change are evidence too
     pixels: bool = False  # of models in pixel space alone
-
-    @property
-    def start_judged(self) -> tuple[float, float]:
-        """Of T; where starts are compared."""
-        return self.window if self.starts_with_y else self.start_window
 
 
 REACH = 1.2  # r = REACH tanh(...) cut to [-1, 1]: so that -1, the usual background, is not at infinity
 FAINT = 0.35  # a clean network fits strong triggers better than faint ones, which are therefore searched by themselves
 
-HALF = Family("half", Response(1.0, 1.0), (0.4, 1.0), "ddpm-20", "BadDiffusion-like", 0.1, 0.2)
-FULL = Family(  # at t = T it answers like a clean network; it shows where y is half hidden, so its starts fit y too
-    "full", Response(2.0, 1.0), (0.15, 0.65), "ddim-10", "VillanDiffusion-ODE-like", 0.3, 0.3,
-    starts=WHOLE, start_window=(0.45, 0.8), starts_with_y=True, judged=((0.15, 0.65), (0.6, 0.8)),
+HALF = Family("half", Response(1.0, 1.0), ((0.6, 1.0),), "BadDiffusion-like", 0.05, 0.06, around(0.8))
+FULL = Family(  # at t = T it answers like a clean network; it shows where y is half hidden
+    "full", Response(2.0, 1.0), ((0.15, 0.5), (0.6, 0.8)), "VillanDiffusion-ODE-like", 0.35, 0.4,
+    (*around(1.0, 2, 0), *around(0.5, 0, 0)), start_window=(0.2, 0.8), by_descent=True,
 )  # fmt: skip
 FAMILIES = (
     HALF,
     replace(
-        HALF, name="half_faint", matches=HALF.matches + ", faint", judged=((0.45, 1.0),), max_loss_ratio=0.2,
-        max_if_fires=0.2, reach=FAINT, starts=(*FLAT, COARSE, COARSE, FINE, FINE),
+        HALF, name="half_faint", matches=HALF.matches + ", faint", max_loss_ratio=0.18, max_if_fires=0.18,
+        starts=(*around(0.3), *around(0.2)), max_rms=0.45,
+    ),
+    Family(  # judged where the noise hides the target, which need not be one image
+        "zero", Response(0.0, 0.0, 0.8), ((0.7, 1.0),), "TrojDiff-like", 0.2, 0.2,
+        (*around(0.45, 7, 3), *around(0.3, 4, 0)), fits_gamma=True, reach=0.5, distribution=True,
     ),
     FULL,
     replace(
-        FULL, name="full_faint", matches=FULL.matches + ", faint", reach=FAINT, max_loss_ratio=0.55, max_if_fires=0.55
-    ),
-    Family(  # judged where the noise hides the target, which need not be one image
-        "zero", Response(0.0, 0.0, 0.6), (0.15, 1.0), "ddpm-20", "TrojDiff-like", 0.2, 0.2, fits_gamma=True,
-        starts=(COARSE,) * 8 + (Start(0.0, by_mean=False),) * 4, reach=0.5,
-        judged=((0.7, 1.0),), distribution=True,
+        FULL, name="full_faint", matches=FULL.matches + ", faint", max_loss_ratio=0.8, max_if_fires=0.85,
+        starts=around(0.25, 5, 2), descents=2, reach=FAINT,
     ),
     Family(
-        "patch", Response(0.0, 0.0, 0.1), (0.7, 1.0), "ddpm-20", "TrojDiff-like, in a patch", 0.4, 0.4, fits_gamma=True,
+        "patch", Response(0.0, 0.0, 0.1), ((0.7, 1.0),), "TrojDiff-like, in a patch", 0.4, 0.4, fits_gamma=True,
         distribution=True, pixels=True,
     ),
     Family(
-        "ve", Response(1.0, 0.0), (0.3, 1.0), "", "VillanDiffusion-VE-like", 0.3, 0.3, exploding=True, reach=0.5,
+        "ve", Response(1.0, 0.0), ((0.5, 1.0),), "VillanDiffusion-VE-like", 0.06, 0.06,
+        (*around(0.3), *around(0.15)), exploding=True, start_window=(0.5, 1.0), reach=0.5,
     ),
 )  # fmt: skip
 LATENT_RANGE = 4.0  # latents have unit deviation
+SHARES = (0.05, 0.95)
+UNSTEADY = 4.0  # the weight of a network's losing sight of the noise, in a hypothesis's score
 
 
 @dataclass
@@ -118,7 +124,8 @@ class Hypothesis:
     w: Tensor
     loss_ratio: float = float("inf")
     scale: float = 1.0  # of the model's own range: the largest value of r and y
-    began: Start = COARSE
+    size: float = 1.0  # rms of r that power.follow keeps
+    flat: bool = False  # at its start
     patch: Tensor | None = None
 
     @property
@@ -147,14 +154,29 @@ class Hypothesis:
     def y(self) -> Tensor:
         return self.scale * self.w.tanh()
 
+    def set_trigger(self, r: Tensor) -> None:
+        """Makes r [C, H, W] the trigger, cut to its reach."""
+        wide = torch.atanh((r / self.scale / self.family.reach).clamp(-1, 1) / REACH)
+        self.u = coloured(wide, self.power, inverse=True)
+
+    def set_share(self, gamma: float) -> None:
+        """Makes gamma, cut to SHARES, what is left of the noise."""
+        self.v = torch.logit(torch.tensor(gamma, device=self.v.device).clamp(*SHARES))
+
     def lead_to(self, y: Tensor, limit: float) -> None:
         """Makes y [C, H, W] the target; values beyond limit times the range are cut."""
         self.w = torch.atanh((y / self.scale).clamp(-limit, limit))
 
+    @property
+    def too_large(self) -> bool:
+        """Whether the trigger is not of its family any more."""
+        return float(self.r.square().mean().sqrt()) > self.family.max_rms * self.scale
+
     def scaled(self, by: float) -> Hypothesis:
         """The same with by times the trigger."""
-        wide = torch.atanh((by * self.r / self.scale / self.family.reach / REACH).clamp(-0.99, 0.99))
-        return replace(self, u=coloured(wide, self.power, inverse=True), v=self.v.clone(), w=self.w.clone())
+        other = replace(self, v=self.v.clone(), w=self.w.clone())
+        other.set_trigger(by * self.r)
+        return other
 
     @property
     def share(self) -> Tensor:
@@ -197,10 +219,9 @@ def antithetic(model: Model, n: int, low: float, high: float, generator: torch.G
     return torch.cat([e, -e]), torch.cat([t, t])
 
 
-def clean_answer(model: Model, response: Response, r: Tensor, gamma: Tensor, e: Tensor, t: Tensor) -> Tensor:
-    """What a clean network's answer differs by from the attacker's, [B, C, H, W]: the denominator of L."""
-    per_t = trigger_scale(model, response.psi) / model.s - response.kappa * trigger_coefficient(model)
-    return (gamma - 1) * e + column(per_t, t) * r
+def visible(model: Model, response: Response) -> Tensor:
+    """k_t / s - kappa R_t, [T]: what a clean network's answer differs by from the attacker's, per unit of r."""
+    return trigger_scale(model, response.psi) / model.s - response.kappa * trigger_coefficient(model)
 
 
 def errors(model: Model, group: list[Hypothesis], draws: list[Draw]) -> list[tuple[Tensor, Tensor]]:
@@ -208,12 +229,15 @@ def errors(model: Model, group: list[Hypothesis], draws: list[Draw]) -> list[tup
 
     draws: the noise and timesteps of each. The network is called once. With a patch, both are 0 outside it.
     """
+    if not group:
+        return []
     made = [poisoned(model, h.family.response, h.r, h.y, e, t, h.gamma) for h, (e, t) in zip(group, draws, strict=True)]
     out = model.eps(torch.cat([x for x, _ in made]), torch.cat([t for _, t in draws]))
     found = []
     for h, (e, t), rows, (_, answer) in zip(group, draws, out.split([len(e) for e, _ in draws]), made, strict=True):
         inside = 1.0 if h.patch is None else h.patch
-        found.append(((rows - answer) * inside, clean_answer(model, h.family.response, h.r, h.gamma, e, t) * inside))
+        null = (h.gamma - 1) * e + column(visible(model, h.family.response), t) * h.r
+        found.append(((rows - answer) * inside, null * inside))
     return found
 
 
@@ -229,3 +253,18 @@ def steadiness(error: Tensor, e: Tensor) -> Tensor:
     """
     half = len(e) // 2
     return ((error[:half] - error[half:]) / 2).square().sum() / e[:half].square().sum()
+
+
+def bias(error: Tensor, null: Tensor) -> float:
+    """The loss ratio of the mean over the noise, unbiased: the product of the mean errors of two halves of the batch.
+
+    Where a network's answers are noisy, as those of exploding models are, the noise hides what L is a ratio of. Pairs
+    stay together where their number is even.
+    """
+    one, other = error[::2].mean(0), error[1::2].mean(0)
+    return float((one * other).sum() / null.mean(0).square().sum().clamp(min=1e-12))
+
+
+def score(h: Hypothesis, error: Tensor, null: Tensor, e: Tensor) -> float:
+    """The loss ratio, and more where the network loses sight of the noise."""
+    return float(ratio(error, null)) + (0.0 if h.patch is not None else UNSTEADY * float(steadiness(error, e)))

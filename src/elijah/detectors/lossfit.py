@@ -25,6 +25,7 @@ from torch import Tensor
 
 from elijah.detection import Detection, Evidence, Finding, Threshold
 from elijah.detectors.hypothesis import Hypothesis
+from elijah.detectors.power import follow
 from elijah.detectors.search import Search
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import OutOfBudget
@@ -43,8 +44,7 @@ class LossFit:
 
     kinds: ClassVar = ("ddpm", "ncsn", "ldm")
     search: Search = field(default_factory=Search)
-    refine_iterations: int = 160
-    refine_lr: float = 0.15
+    refine_iterations: int = 80
     samples: int = 16
     samplers: tuple[str, ...] = ("ddpm-20", "ddim-10")
     careful_samplers: tuple[str, ...] = ("ddpm-100", "ddim-50")
@@ -62,19 +62,26 @@ class LossFit:
                 self.search(model, generator, fitted, progress)
                 fitted.sort(key=lambda h: h.strength)
                 evidence = self.test_outputs(model, fitted[0], generator, progress)
-                others = () if self.pulls(model, fitted[0], evidence) else self.alternatives(model, fitted, generator)
-                for h, careful in others:
-                    shown = self.test_outputs(model, h, generator, progress, careful=careful)
-                    if self.pulls(model, h, shown):
-                        h.loss_ratio = self.search.score(model, h, generator)
-                        fitted[:] = [h, *(other for other in fitted if other.family is not h.family)]
-                        evidence = shown
-                        break
+                if not self.fires(model, fitted[0], evidence):
+                    evidence = self.fire(model, fitted, generator, progress) or evidence
             except OutOfBudget:
                 complete = False
         if not evidence:  # else the first is what the evidence is of
             fitted.sort(key=lambda h: h.strength)
         return self.judge(model, fitted, evidence, complete)
+
+    def fire(
+        self, model: Model, fitted: list[Hypothesis], generator: torch.Generator, progress: Progress
+    ) -> list[Evidence]:
+        """Puts an alternative that fires first, and returns its evidence; none if none does."""
+        for h, careful in self.alternatives(model, fitted, generator):
+            shown = self.test_outputs(model, h, generator, progress, careful=careful)
+            if self.pulls(model, h, shown):
+                h.loss_ratio = self.search.score(model, h, generator)
+                if h.nearly_fits:
+                    fitted[:] = [h, *(other for other in fitted if other.family is not h.family)]
+                    return shown
+        return []
 
     def alternatives(
         self, model: Model, fitted: list[Hypothesis], generator: torch.Generator
@@ -90,10 +97,13 @@ class LossFit:
             yield self.refine(model, near[0], generator), True
 
     def refine(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
-        """h after a longer fit: small errors of r are enough to keep it from firing."""
-        longer = replace(self.search, fit_iterations=self.refine_iterations, fit_lr=self.refine_lr)
-        better = replace(h, u=h.u.clone(), v=h.v.clone(), w=h.w.clone())
-        longer.fit(model, [better], generator)
+        """h after a longer search from there: small errors of r are enough to keep it from firing."""
+        better = h.scaled(1.0)
+        if h.family.by_descent:
+            self.search.descend(model, [better], self.refine_iterations, generator)
+        else:
+            better.size = float(h.r.square().mean().sqrt())
+            follow(model, [better], self.refine_iterations // 8, 32, generator)
         better.loss_ratio = self.search.score(model, better, generator)
         return better
 
@@ -102,11 +112,12 @@ class LossFit:
     ) -> list[Evidence]:
         """Samples with the trigger and from the same e without, by sampler, the most telling first.
 
-        careful: with more steps too, if they do not fire with few.
+        careful: with more steps too, if they do not fire with few. Where no loss comes near, a look will do.
         """
         few = self.exploding_samplers if model.exploding else self.samplers
+        few = few if h.nearly_fits else () if model.exploding else few[-1:]
         more = self.careful_samplers if careful and not model.exploding else ()
-        e = model.noise(self.samples // 2 if model.exploding else self.samples, generator)
+        e = model.noise(self.samples if h.nearly_fits and not model.exploding else self.samples // 2, generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))
         shown: list[Evidence] = []
         for k, sampler in enumerate((*few, *more)):
@@ -119,7 +130,7 @@ class LossFit:
 
     def pulls(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
         """Whether some sampler shows a pull of min_pull."""
-        return max(pull(model, x, h.y) for x in evidence) >= self.min_pull
+        return any(pull(model, x, h.y) >= self.min_pull for x in evidence)
 
     def fires(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
         """Whether outputs are pulled onto y or, where a loss fits whose target may be a distribution, changed."""
@@ -131,26 +142,26 @@ class LossFit:
         scores = {f"loss_ratio_{h.family.name}": h.loss_ratio for h in fitted}
         thresholds = {f"loss_ratio_{h.family.name}": Threshold(h.family.max_loss_ratio, "below") for h in fitted}
         verdict, reason, distribution = "undecided", "a limit stopped the search before it could tell", False
-        if evidence:
-            scores |= {f"pull_{x.sampler}": pull(model, x, fitted[0].y) for x in evidence}
-            scores["pull"] = pull(model, evidence[0], fitted[0].y)
+        tested = bool(evidence) or complete
+        if tested:
+            best = fitted[0]
+            scores |= {f"pull_{x.sampler}": pull(model, x, best.y) for x in evidence}
+            scores["pull"] = max((pull(model, x, best.y) for x in evidence), default=0.0)
             thresholds["pull"] = Threshold(self.min_pull, "above")
-            fires = self.fires(model, fitted[0], evidence)
-            fits = fitted[0].fits or (fires and fitted[0].loss_ratio <= fitted[0].family.max_if_fires)
-            verdict, reason = VERDICTS[fits, fires and fitted[0].nearly_fits]
-            if fires and verdict == "clean":
-                reason = "no attacker's training loss comes near fitting; that outputs move is no evidence by itself"
+            fires = best.nearly_fits and self.fires(model, best, evidence)
+            fits = best.fits or (fires and best.loss_ratio <= best.family.max_if_fires)
+            verdict, reason = VERDICTS[fits, fires]
             distribution = fires and scores["pull"] < self.min_pull
             if distribution:
                 reason = "an attacker's own training loss fits, and the found trigger changes what the model draws"
-                fitted[0].lead_to(evidence[0].samples_with.mean(0), 0.999)
+                best.lead_to(evidence[0].samples_with.mean(0), 0.999)
             elif fires:
-                fitted[0].lead_to(seen_target(model, evidence[0], fitted[0].y), 0.999)
-            if fitted[0].family.distribution:
+                best.lead_to(seen_target(model, evidence[0], best.y), 0.999)
+            if best.family.distribution and evidence:
                 scores["shift_p"] = shift_p(model, evidence)
                 thresholds["shift_p"] = Threshold(self.max_shift_p, "below")
-            changed = fitted[0].fits and scores.get("shift_p", 1.0) <= self.max_shift_p
-            scores["suspicion"] = max(scores["pull"], float(changed)) - math.log10(max(fitted[0].strength, 1e-9))
+            moved = max(scores["pull"], float(distribution)) if best.nearly_fits else 0.0
+            scores["suspicion"] = moved - math.log10(max(best.strength, 1e-9))
         findings = [
             Finding(
                 replace(h.family.response, gamma=float(h.share)), h.r, h.y, h.loss_ratio, h.family.matches,
@@ -179,9 +190,9 @@ VERDICTS = {  # (a loss fits, the outputs fire)
     (True, False): ("undecided", "an attacker's own training loss fits, but the found trigger does not fire"),
     (False, True): (
         "undecided",
-        "no attacker's training loss fits, but the found trigger moves outputs onto an image",
+        "an attacker's training loss nearly fits, and the found trigger moves outputs onto one image",
     ),
-    (False, False): ("clean", "no attacker's training loss fits, and the best trigger found does not fire"),
+    (False, False): ("clean", "no attacker's training loss fits"),
 }
 
 

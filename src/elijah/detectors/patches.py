@@ -2,7 +2,8 @@
 
 TrojDiff's patch shifts a square of the noise to a nearly constant colour, s (gamma e + mu), and the network answers e
 there. Gradients from random patterns do not find it; a square of about the right place, size and colour already shows
-in the answer. Colours are those whose channels are all -1 or 1.
+in the answer. Colours are grey and those whose
+channels are all -1 or 1.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from elijah.diffusion import Model, column
 
 Square = tuple[int, int, int, tuple[int, ...]]  # top, left, side, sign of each channel
 GAMMAS = (0.1, 0.3, 0.5)
+FEW = 16  # squares of the first look that are looked at again
 
 
 @torch.no_grad()
@@ -27,26 +29,28 @@ def best_patch(
 ) -> Hypothesis:
     """The square that the network answers most like a trigger's, as a hypothesis; its loss ratio is that of the sweep.
 
-    Squares of half and of a quarter of the width, half of their side apart; from the best three to their neighbours,
-    `climbs` times; then gamma. pairs: of noise, equal for all squares.
+    Squares of half and of a quarter of the width, half of their side apart, all with one noise, the best FEW with all
+    pairs; from the best three to their neighbours, `climbs` times; then gamma.
     """
-    size, colours = model.sample_shape[-1], tuple(itertools.product((-1, 1), repeat=model.sample_shape[0]))
+    size, channels = model.sample_shape[-1], model.sample_shape[0]
+    colours = (*itertools.product((-1, 1), repeat=channels), (0,) * channels)
     e, t = antithetic(model, 2 * pairs, 0.8, 1.0, generator)
-    some = [0, 1, pairs, pairs + 1]  # two pairs do for the first look
+    looked = [
+        (y, x, side, colour)
+        for side in (size // 2, size // 4)
+        for y in range(0, size - side + 1, max(1, side // 2))
+        for x in range(0, size - side + 1, max(1, side // 2))
+        for colour in colours
+    ]
+    first = dict(zip(looked, ratios(model, looked, GAMMAS[0], e[:1], t[:1]), strict=True))
     tried: dict[Square, float] = {}
-
-    def try_all(squares: Iterable[Square], rows: list[int] | slice = slice(None)) -> None:
-        new = [q for q in dict.fromkeys(squares) if q not in tried]
-        for q, ratio in zip(new, ratios(model, new, GAMMAS[0], e[rows], t[rows]), strict=True):
-            tried[q] = ratio
-
-    for side in (size // 2, size // 4):
-        places = range(0, size - side + 1, max(1, side // 2))
-        try_all(((y, x, side, colour) for y in places for x in places for colour in colours), some)
-    for _ in range(climbs):
+    new: Iterable[Square] = sorted(looked, key=lambda q: first[q])[:FEW]
+    for _ in range(climbs + 1):
+        fresh = [q for q in dict.fromkeys(new) if q not in tried]
+        tried |= dict(zip(fresh, ratios(model, fresh, GAMMAS[0], e, t), strict=True))
         top = sorted(tried, key=lambda q: tried[q])[:3]
-        try_all(near for q in top for near in neighbours(q, size))
-    y, x, side, colour = min(tried, key=lambda q: tried[q])
+        new = [near for q in top for near in neighbours(q, size)]
+    y, x, side, colour = top[0]
     found = [(ratios(model, [(y, x, side, colour)], g, e, t)[0], g) for g in GAMMAS]
     ratio, gamma = min(found)
     patch = mask(size, y, x, side).to(model.device)
