@@ -89,7 +89,7 @@ FAMILIES = (
     ),
     FULL,
     replace(
-        FULL, name="full_faint", matches=FULL.matches + ", faint", max_loss_ratio=0.8, max_if_fires=0.85,
+        FULL, name="full_faint", matches=FULL.matches + ", faint", max_loss_ratio=0.75, max_if_fires=0.75,
         starts=around(0.25, 5, 2), descents=2, reach=FAINT,
     ),
     Family(
