@@ -84,7 +84,7 @@ FAMILIES = (
         starts=(*around(0.3), *around(0.2)), max_rms=0.45,
     ),
     Family(  # judged where the noise hides the target, which need not be one image
-        "zero", Response(0.0, 0.0, 0.8), ((0.7, 1.0),), "TrojDiff-like", 0.2, 0.2,
+        "zero", Response(0.0, 0.0, 0.5), ((0.7, 1.0),), "TrojDiff-like", 0.2, 0.2,
         (*around(0.45, 7, 3), *around(0.3, 4, 0)), fits_gamma=True, reach=0.5, distribution=True,
     ),
     FULL,

@@ -44,7 +44,7 @@ class Search:
     target.
     """
 
-    follow: tuple[tuple[int, int, int], ...] = ((4, 4, 6), (4, 8, 3), (6, 8, 1))
+    follow: tuple[tuple[int, int, int], ...] = ((6, 4, 8), (6, 8, 3), (6, 8, 1))
     scales: tuple[float, ...] = (1.4, 0.7, 0.5)
     finer_iterations: int = 3
     enough: float = 0.35
