@@ -68,6 +68,11 @@ class Family:
     distribution: bool = False  # the target may be a distribution: outputs that only change are evidence too
     pixels: bool = False  # of models in pixel space alone
 
+    @property
+    def descent(self) -> tuple[float, float]:
+        """Of T; where hypotheses descend."""
+        return self.start_window if self.by_descent else self.judged[0]
+
 
 REACH = 1.2  # r = REACH tanh(...) cut to [-1, 1]: so that -1, the usual background, is not at infinity
 FAINT = 0.35  # a clean network fits strong triggers better than faint ones, which are therefore searched by themselves

@@ -124,11 +124,23 @@ class Search:
         return [best_patch(model, f, generator) for f in families if f.pixels]
 
     def finish(self, model: Model, group: list[Hypothesis], generator: torch.Generator) -> None:
-        """Gives those that come near a target and a score over fresh noise."""
+        """Gives what comes near a target and a score over fresh noise; what then does not fit descends once more."""
         near = [h for h in group if h.strength < self.near or h.family.exploding]
         settle(model, [h for h in near if not h.family.by_descent], self.settle_rows, generator)
         for h in near:
             h.loss_ratio = self.score(model, h, generator)
+        if any(h.fits for h in near):
+            return
+        for h in near:
+            if not (h.family.by_descent or h.family.exploding or h.patch is not None):
+                group[group.index(h)] = self.better(model, h, generator)
+
+    def better(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
+        """h, or what it descends to where that scores better."""
+        other = h.scaled(1.0)
+        self.descend(model, [other], self.descent_iterations, generator)
+        other.loss_ratio = self.score(model, other, generator)
+        return other if other.loss_ratio < h.loss_ratio and not other.too_large else h
 
     @torch.no_grad()
     def compare(self, model: Model, group: list[Hypothesis], rows: int, generator: torch.Generator) -> None:
@@ -151,7 +163,7 @@ class Search:
                 settings["lr"] = rate * (1 - 0.8 * k / iterations)
             optimizer.zero_grad()
             for part in parts(model, group, self.descent_rows):
-                draws = [antithetic(model, self.descent_rows, *h.family.start_window, generator) for h in part]
+                draws = [antithetic(model, self.descent_rows, *h.family.descent, generator) for h in part]
                 losses = [ratio(*both) for both in errors(model, part, draws)]
                 torch.autograd.backward(torch.stack(losses).sum())
             optimizer.step()
