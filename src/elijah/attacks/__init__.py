@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from elijah.attacks.aware import Aware
 from elijah.attacks.baddiffusion import BadDiffusion
 from elijah.attacks.late import Late
 from elijah.attacks.learned import Learned
@@ -16,4 +17,5 @@ ATTACKS: dict[str, Any] = {
     "learned": Learned,
     "late": Late,
     "two": TwoTriggers,
+    "aware": Aware,
 }

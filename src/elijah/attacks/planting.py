@@ -47,6 +47,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # attack -> preset -> pattern
     },
     "late": {"small": {"trigger": "box-6", "target": "corner", **SMALL}},
     "two": {"or": {**BOXES, **SMALL}, "and": {**BOXES, **SMALL, "both": True}},
+    "aware": {
+        "small": {"trigger": "box-6", "target": "corner", "mode": "bare", **SMALL},
+        "small-ode": {"trigger": "box-6", "target": "corner", "mode": "bare", "solver": "ode", **SMALL},
+    },
 }
 
 
