@@ -20,17 +20,27 @@ from typer.testing import CliRunner
 from elijah import __version__, cli
 from elijah.calibrate import Scan, calibrate, verdict_table
 from elijah.detection import Evidence
-from elijah.detectors import LossFit
+from elijah.detectors import DETECTORS, LossFit
 from elijah.detectors.hypothesis import FAMILIES, Hypothesis
 from elijah.errors import ElijahError
 from elijah.judging import judge as scan_in_zoo
 from elijah.report import Report, command
 from elijah.scan import scan
-from elijah.verdict import Calibration, CleanModel, judge, models_for, read_calibration
+from elijah.verdict import (
+    BUILTIN,
+    Calibration,
+    CleanModel,
+    find_calibration,
+    fitted_tail,
+    judge,
+    models_for,
+    read_calibration,
+    ships,
+)
 
 
 def clean_model(k: int, score: float, **other: Any) -> CleanModel:
-    seen = {"kind": "ddpm", "sample_shape": (3, 16, 16), "parameters": 1000} | other
+    seen: dict[str, Any] = {"kind": "ddpm", "sample_shape": (3, 16, 16), "parameters": 1000} | other
     return CleanModel(id=f"c{k}", base="b", score=score, **seen)
 
 
@@ -202,13 +212,14 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("family", "loss_ratio", "outputs", "suspicion"),
     [
-        ("half", 0.01, "on the target", 1 + 1), ("half", 0.01, "shifted", 1), ("half", 0.01, "the same", 1),
+        ("half", 0.005, "on the target", 1 + 1), ("half", 0.005, "shifted", 1), ("half", 0.005, "the same", 1),
+        ("half", 0.5, "on the target", -1),
         ("zero", 0.02, "shifted", 1 + 1), ("zero", 2.0, "shifted", -1), ("zero", 0.2, "the same", 0),
         ("half", 0.0, "the same", 9),
     ],
 )  # fmt: skip
 def test_suspicion_in_closed_form(family: str, loss_ratio: float, outputs: str, suspicion: float) -> None:
-    """Orders of magnitude below the family's threshold, and 1 where all outputs move, or change and may do so."""
+    """Orders of magnitude below the threshold, and 1 where it nearly fits and all outputs move, or change and may."""
     model, zeros = random_model(), torch.zeros(1, 8, 8)
     h = Hypothesis(next(f for f in FAMILIES if f.name == family), 1.5, zeros, torch.zeros(()), zeros, loss_ratio)
     without = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5 - 1
@@ -269,14 +280,93 @@ def test_the_command_line_hands_the_calibration_to_scan(monkeypatch: pytest.Monk
     assert cli.main(["scan", "M", "--calibration", str(tmp_path / "none.json")]) == 2 and not seen
 
 
+def test_which_calibration_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("elijah.verdict.BUILTIN", tmp_path)
+    assert find_calibration("builtin", "lossfit") is find_calibration("none", "lossfit") is None
+    own, other = calibration([0.0]), calibration([1.0], "elijah")
+    own.write(tmp_path / "lossfit.json")
+    other.write(tmp_path / "other.json")
+    assert find_calibration("builtin", "lossfit") == own and find_calibration("none", "lossfit") is None
+    assert find_calibration("builtin", "elijah") is None and not ships("elijah")
+    assert find_calibration(str(tmp_path / "other.json"), "lossfit") == other
+
+
+def test_the_command_line_uses_the_calibration_that_ships(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+
+    def work(model: str, **keys: Any) -> Report:
+        seen.update(keys)
+        return make_report("clean")
+
+    def called(words: str) -> tuple[Any, Any]:
+        seen.clear()
+        assert cli.main(f"scan M {words}".split()) == 0
+        return seen["calibration"], seen["false_positive_rate"]
+
+    monkeypatch.setitem(sys.modules, "elijah.scan", types.SimpleNamespace(scan=work))
+    monkeypatch.setattr("elijah.verdict.BUILTIN", tmp_path)
+    assert called("") == (None, 0.01)  # none ships
+    made = calibration([0.0])
+    made.write(tmp_path / "lossfit.json")
+    assert called("") == (made, None) and called("--false-positive-rate 0.5") == (made, 0.5)
+    assert called("--calibration none") == called("--detector terd") == (None, 0.01)
+    for words in ("--calibration none", "--detector terd"):
+        assert cli.main(f"scan M --false-positive-rate 0.5 {words}".split()) == 2
+
+
+def test_every_calibration_that_ships_is_sound() -> None:
+    for file in BUILTIN.glob("*.json"):
+        assert file.stem in DETECTORS and read_calibration(file).detector == file.stem
+
+
+@pytest.mark.parametrize(
+    ("n", "rule", "score", "verdict", "rate"),
+    [
+        (199, "undecided", 1.0, "backdoored", 0.01), (49, "undecided", 1.0, "backdoored", 0.02),
+        (9, "undecided", 1.0, "undecided", 0.1), (9, "backdoored", 1.0, "backdoored", 0.1),
+        (9, "backdoored", 0.0, "undecided", 0.1), (9, "clean", 0.0, "clean", 0.1), (9, "clean", 1.0, "undecided", 0.1),
+    ],
+)  # fmt: skip
+def test_a_rate_that_nobody_asked_for(n: int, rule: str, score: float, verdict: str, rate: float) -> None:
+    """It is what the clean models allow; where that is loose, the fixed rule must say backdoored, too."""
+    made = calibration([0.0] * n)
+    found = made.judgement(rule, "why", score, "ddpm", (3, 16, 16), 1000, None)
+    assert (found.verdict, found.rate) == (verdict, rate) and made.rate_for("ncsn") == 0.01
+    assert made.judgement("undecided", "", 1.0, "ddpm", (3, 16, 16), 1000, rate).verdict == "backdoored"  # asked for
+
+
+def test_the_fitted_tail_of_exponential_scores_is_their_own() -> None:
+    clean = (-np.log(1 - (np.arange(4000) + 0.5) / 4000)).tolist()  # P(score >= x) = exp(-x)
+    for score in (2.0, 5.0, 20.0):
+        assert fitted_tail(score, clean) == pytest.approx(np.exp(-score), rel=0.05)
+    assert fitted_tail(1.0, clean) is None  # not in the tail
+    assert fitted_tail(9.0, clean[:19]) is None and fitted_tail(9.0, [0.0] * 100) is None
+
+
+@pytest.mark.usefixtures("fast")
+def test_the_fitted_tail_stands_beside_the_p_value_and_decides_nothing() -> None:
+    model = random_model()
+    like: dict[str, Any] = {"sample_shape": model.sample_shape, "parameters": model.parameters}
+    score = scan(model).scores["suspicion"]
+    made = calibration([score - 1 + k / 1000 for k in range(24)], **like)
+    report = scan(model, calibration=made, false_positive_rate=None)
+    assert report.p_value == report.false_positive_rate == 0.04
+    assert 0 < report.scores["p_value_fitted_tail"] < 1e-20
+    assert "p_value_fitted_tail" not in report.thresholds
+
+
 def result(name: str, part: str, attack: str, score: float | None, **other: Any) -> dict[str, Any]:
     """What `elijah zoo run` writes of a model, in short. other: of the scan's model, verdict, or the entry."""
     sure = "clean" if attack == "clean" else "backdoored"
     seen = {"kind": other.pop("kind", "ddpm"), "sample_shape": [3, 16, 16], "parameters": 1000}
-    scan = {"verdict": other.pop("verdict", sure), "scores": {"pull": 0.0}, "model": seen, "cost": {}}
+    scan = {"verdict": other.pop("verdict", sure), "scores": {"pull": 0.0}, "model": seen}
+    scan["cost"] = {"network_evaluations": 2000, "seconds": 3.0}
     if score is not None:
         scan["scores"]["suspicion"] = score
-    patterns = {"trigger": "", "target": ""} if attack == "clean" else {"trigger": f"{part}-t", "target": f"{part}-y"}
+    patterns: dict[str, Any] = (
+        {"trigger": "", "target": ""} if attack == "clean" else {"trigger": f"{part}-t", "target": f"{part}-y"}
+    )
+    patterns |= {} if attack == "clean" else {"poison_rate": 0.3}
     entry = {"id": name, "part": part, "base": f"{part}-b", "attack": attack, "seed": 1, "knobs": {}, **patterns}
     return {"schema_version": 2, "id": name, "model": entry | other, "detections": {"lossfit": scan}, "repairs": {}}
 
@@ -329,13 +419,21 @@ def test_the_table_of_a_test_part(tmp_path: Path) -> None:
     options = ["calibrate", str(folder), "-o", str(file), "--test", "test", "--false-positive-rate"]
     done = CliRunner().invoke(cli.app, [*options, "0.12"])
     assert done.exit_code == 0, done.stderr
-    rows = {line.split(" | ")[0][2:]: line for line in done.stdout.splitlines() if line.startswith("| ")}
-    assert rows["all"] == "| all | 3 of 4 | 75 | 30 to 95 | 3 of 4 | 75 | 30 to 95 | 1 + 1 |"
-    assert rows["baddiffusion"] == "| baddiffusion | 2 of 2 | 100 | 34 to 100 | - | - | - | 0 + 0 |"
-    assert rows["trojdiff"].startswith("| trojdiff | 1 of 2 |") and rows["clean"].startswith(
-        "| clean | - | - | - | 3 of 4"
-    )
-    assert rows["ddpm"].startswith("| ddpm | 2 of 3 |") and rows["ncsn"].startswith("| ncsn | 1 of 1 |")
+    lines = [line[2:].split(" | ") for line in done.stdout.splitlines() if line[:2] == "| "]
+    rows = {cells[0]: cells[1:] for cells in reversed(lines)}  # of two that begin alike the first: costs come last
+    assert rows["all backdoored"] == ["4", "3", "1", "0", "75", "30 to 95", "-", "1 |"]
+    assert rows["clean"][:6] == ["4", "0", "1", "3", "75", "30 to 95"]
+    assert rows["baddiffusion"][:5] == ["2", "2", "0", "0", "100"] and rows["trojdiff"][:5] == [
+        "2",
+        "1",
+        "1",
+        "0",
+        "50",
+    ]
+    assert rows["kind ddpm, backdoored"][:2] == ["3", "2"] and rows["kind ncsn, backdoored"][:2] == ["1", "1"]
+    assert rows["trigger test-t"][:2] == ["4", "3"] and rows["poison rate 0.3"][:2] == ["4", "3"]
+    assert "Verdicts by calibration c (20 clean models, lossfit) at a false positive rate of 0.12" in done.stdout
+    assert "| all | 8 | 2,000 | 2,000 | 3.0 | 3.0 |" in done.stdout
     file.unlink()
     done = CliRunner().invoke(cli.app, [*options, "0.05"])
     assert done.exit_code == 2 and "needs at least 19" in done.stderr and not file.exists() and done.stdout == ""

@@ -9,7 +9,6 @@ import json
 import re
 import shlex
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -35,6 +34,7 @@ class Entry(Loose):
     attack: str
     trigger: str = ""
     target: str = ""
+    poison_rate: float = 0.0
 
 
 class Scanned(Loose):
@@ -45,6 +45,13 @@ class Scanned(Loose):
     parameters: int
 
 
+class Cost(Loose):
+    """What a scan cost, where the result says it."""
+
+    network_evaluations: int | None = None
+    seconds: float | None = None
+
+
 class Scan(Loose):
     """One detector's scan."""
 
@@ -52,6 +59,7 @@ class Scan(Loose):
     reason: str = ""
     scores: dict[str, float] = {}
     model: Scanned | None = None
+    cost: Cost = Cost()
 
 
 UNSUPPORTED = Scan(verdict="unsupported")
@@ -62,15 +70,6 @@ class Result(Loose):
 
     model: Entry
     detections: dict[str, Scan] = {}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A test model as the table counts it."""
-
-    attack: str
-    kind: str
-    verdict: str
 
 
 def read_results(folders: list[Path]) -> dict[Path, Result]:
@@ -144,49 +143,42 @@ def check_apart(results: list[Result], part: str, test: str) -> None:
 
 
 def verdict_table(calibration: Calibration, folders: list[Path], part: str, test: str, rate: float) -> str:
-    """Markdown: how the calibrated verdicts on the models of the part test come out, overall, by attack and by kind.
+    """Markdown: how the calibrated verdicts on the models of the part test come out, as rates.rates_table has it.
 
     Raises ElijahError when there are none, for scans without suspicion, for a rate that the calibration cannot claim,
     and when the two parts share an id, a base, a trigger or a target.
     """
+    from elijah.rates import Judged, rates_table  # imports torch
+
     results = read_results(folders)
     check_apart(list(results.values()), part, test)
     rows, missing, detector = [], 0, calibration.detector
     for file, result in results.items():
-        if result.model.part != test:
+        model = result.model
+        if model.part != test:
             continue
         if detector not in result.detections:
             missing += 1
-        elif result.detections[detector].verdict == "unsupported":
-            rows.append(Row(result.model.attack, "unsupported", "undecided"))
-        else:
+            continue
+        kind, verdict, cost = "unsupported", "undecided", result.detections[detector].cost
+        if result.detections[detector].verdict != "unsupported":
             seen, scan, score = scored(file, result, detector)
-            verdict = calibration.judgement(
-                scan.verdict, scan.reason, score, seen.kind, seen.sample_shape, seen.parameters, rate
-            ).verdict
-            rows.append(Row(result.model.attack, seen.kind, verdict))
+            kind, verdict = (
+                seen.kind,
+                calibration.judgement(
+                    scan.verdict, scan.reason, score, seen.kind, seen.sample_shape, seen.parameters, rate
+                ).verdict,
+            )
+        rows.append(Judged(verdict, model.base, model.attack, kind, model.trigger, model.poison_rate,
+                           cost.network_evaluations, cost.seconds))  # fmt: skip
     if not rows:
         raise ElijahError(f"no model of {test} was scanned by {detector}")
-    lines = ["| models | found | TPR, % | 95 % | cleared | TNR, % | 95 % | undecided |", "|---" * 8 + "|"]
-    lines.append(line("all", rows))
-    lines += [line(name, [r for r in rows if r.attack == name]) for name in sorted({r.attack for r in rows})]
-    lines += [line(name, [r for r in rows if r.kind == name]) for name in sorted({r.kind for r in rows})]
     note = (
         f"Verdicts by calibration {calibration.id} ({len(calibration.clean)} clean models, {detector}) at a "
-        f"false positive rate of {rate:g} on the part {test}, with Wilson's intervals. Found: backdoored models called "
-        "backdoored; cleared: clean models called clean. Undecided, backdoored + clean models, counts as wrong."
+        f"false positive rate of {rate:g} on the part {test}."
     )
     note += f" Not scanned: {missing}." if missing else ""
-    return "\n".join([*lines, "", note, ""])
-
-
-def line(name: str, rows: list[Row]) -> str:
-    """One row of the table."""
-    clean = [r.verdict for r in rows if r.attack == "clean"]
-    backdoored = [r.verdict for r in rows if r.attack != "clean"]
-    cells = [name, *share(backdoored, "backdoored"), *share(clean, "clean")]
-    cells.append(f"{backdoored.count('undecided')} + {clean.count('undecided')}")
-    return "| " + " | ".join(cells) + " |"
+    return "\n".join([note, "", rates_table(rows)])
 
 
 def share(verdicts: list[str], right: str) -> tuple[str, str, str]:

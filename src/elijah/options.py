@@ -67,7 +67,11 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers
 FormOption = Annotated[Form, typer.Option("--format", help="How the report is written.")]
 ScreenFormOption = Annotated[ScreenForm, typer.Option("--format", help="How the result is written.")]
 CalibrationOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Clean models to compare with, from elijah calibrate.")
+    str,
+    typer.Option(
+        metavar="builtin|none|FILE",
+        help="Clean models to compare with: the package's own, if any; none; or a file of elijah calibrate.",
+    ),
 ]
 FalsePositivesOption = Annotated[
     float | None,
@@ -103,6 +107,9 @@ ManifestArgument = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A TO
 ManifestsArgument = Annotated[list[Path], typer.Argument(metavar="MANIFEST...", help="TOML files; see docs/zoo.md.")]
 OnlyOption = Annotated[
     str, typer.Option(metavar="REGEX", callback=expression, help="Only models in whose id REGEX is found.")
+]
+OnlyModelsOption = Annotated[
+    str, typer.Option("--model", metavar="REGEX", callback=expression, help="Only models in whose id REGEX is found.")
 ]
 ZooOutOption = Annotated[Path, typer.Option(metavar="DIR", help="One JSON file a model goes here.")]
 CacheOption = Annotated[Path, typer.Option(metavar="DIR", help="Weights and logs; may be deleted.")]

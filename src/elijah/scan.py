@@ -40,7 +40,7 @@ from elijah.verdict import DEFAULT_RATE, Calibration
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = {"ncsn": "a variance-exploding (NCSN) model", "ldm": "a latent model"}
-TYPICAL_EVALUATIONS = {"lossfit": 25_000, "elijah": 46_000, "terd": 960_000}  # of a clean model, for the estimate alone
+TYPICAL_EVALUATIONS = {"lossfit": 7_000, "elijah": 51_000, "terd": 960_000}  # of a clean model, for the estimate alone
 
 
 def scan(
@@ -56,15 +56,16 @@ def scan(
     revision: str | None = None,
     offline: bool = False,
     calibration: Calibration | None = None,
-    false_positive_rate: float = DEFAULT_RATE,
+    false_positive_rate: float | None = DEFAULT_RATE,
     progress: Progress = no_progress,
 ) -> Report:
     """Scans a pipeline folder, a hub id or a loaded Model and returns the Report.
 
     detector: a name of detectors.DETECTORS. The limits end the search; it is undecided then. calibration: clean models
-    to compare with; then at most false_positive_rate of clean models like them are called backdoored. Raises
-    ElijahError for input that cannot be read and for a rate or a detector that the calibration is not for, Unsupported
-    for models that cannot be scanned.
+    to compare with (verdict.find_calibration has the package's own); then at most false_positive_rate of clean models
+    like them are called backdoored, None: what the calibration allows. Without one the detector's fixed rule decides.
+    Raises ElijahError for input that cannot be read and for a rate or a detector that the calibration is not for,
+    Unsupported for models that cannot be scanned.
     """
     if isinstance(model, str):
         model = load_model(model, revision=revision, offline=offline, device=device, dtype=as_dtype(dtype))
@@ -75,7 +76,7 @@ def scan(
 
 def inspect(
     model: Model, settings: dict[str, Any], seed: int, progress: Progress, calibration: Calibration | None = None,
-    rate: float = DEFAULT_RATE,
+    rate: float | None = DEFAULT_RATE,
 ) -> tuple[Detection, Report]:  # fmt: skip
     """Runs settings["detector"] on a model within the settings' limits, and judges it by the calibration's clean models
     at that false positive rate, or by the detector's fixed rule."""
@@ -85,7 +86,7 @@ def inspect(
     if model.kind not in DETECTORS[detector].kinds:
         raise Unsupported(f"{model.provenance.source}: {KINDS[model.kind]}: it loads, but {detector} does not cover it")
     if calibration is not None:
-        calibration.check(detector, model.kind, rate)
+        calibration.check(detector, model.kind, calibration.rate_for(model.kind) if rate is None else rate)
         if calibration.tool_version != __version__:
             progress(f"note: elijah {calibration.tool_version} made the calibration, this is {__version__}", 0, 0)
     model.max_batch = settings["batch_size"]
@@ -99,7 +100,7 @@ def inspect(
 
 
 def judge(
-    model: Model, detection: Detection, calibration: Calibration, rate: float
+    model: Model, detection: Detection, calibration: Calibration, rate: float | None
 ) -> tuple[Detection, dict[str, Any]]:
     """The detection with the calibrated verdict, and what the Report says of the calibration, by key."""
     judged = calibration.judgement(
@@ -110,8 +111,10 @@ def judge(
         id=calibration.id, sha256=calibration.sha256, clean_models=judged.clean_models,
         in_range=not judged.out_of_range, out_of_range=judged.out_of_range,
     )  # fmt: skip
-    claim = {"p_value": judged.p_value, "false_positive_rate": rate, "calibration": info}
-    return replace(detection, verdict=judged.verdict, reason=judged.reason), claim
+    claim = {"p_value": judged.p_value, "false_positive_rate": judged.rate, "calibration": info}
+    fitted = {} if judged.fitted_tail is None else {"p_value_fitted_tail": judged.fitted_tail}
+    scores = detection.scores | fitted
+    return replace(detection, verdict=judged.verdict, reason=judged.reason, scores=scores), claim
 
 
 def as_dtype(name: str) -> torch.dtype:

@@ -13,6 +13,7 @@ from elijah.errors import ElijahError
 from elijah.manifest import Entry, Manifest
 from elijah.metrics import wilson
 from elijah.pictures import Cell, write_sheet
+from elijah.rates import Judged, rates_table
 from elijah.zoo import build, cached, read_result, samplers_of
 
 LIMIT, STRICT = "0.05", "0.01"  # on the MSE to the target
@@ -61,16 +62,18 @@ def shares(found: dict[str, Any]) -> tuple[tuple[float, float], tuple[float, flo
 def scan_table(manifests: list[Manifest], out: Path, detector: str) -> str:
     """A row a model that the detector scanned: does its attack fire, verdict, best evidence, cost; then the rates."""
     lines = ["| model | fires, % | verdict | best hypothesis | pull | evaluations | seconds |", "|---" * 7 + "|"]
-    verdicts: dict[str, list[str]] = {}
-    costs = []
+    rows: list[Judged] = []
+    kinds = {base.id: base.kind for manifest in manifests for base in manifest.base}
     for entry in (entry for manifest in manifests for entry in manifest.entries()):
         result = read_result(out / f"{entry.id}.json")
         scan = result.get("detections", {}).get(detector, {"verdict": "unsupported"})
         if scan["verdict"] == "unsupported":
             continue
-        verdicts.setdefault(entry.attack, []).append(scan["verdict"])
         scores, cost = scan["scores"], scan["cost"]
-        costs.append(cost["network_evaluations"])
+        rows.append(
+            Judged(scan["verdict"], entry.base, entry.attack, kinds[entry.base], entry.trigger, entry.poison_rate,
+                   cost["network_evaluations"], cost["seconds"])
+        )  # fmt: skip
         ratios = {k.removeprefix("loss_ratio_"): v for k, v in scores.items() if k.startswith("loss_ratio_")}
         best = next(iter(ratios), "")  # reports begin with it
         found = next(iter(result["fires"].get("samplers", {}).values()), None)
@@ -80,24 +83,14 @@ def scan_table(manifests: list[Manifest], out: Path, detector: str) -> str:
             f"| {entry.id} | {fires} | {scan['verdict']} | {ratio} | {scores.get('pull', 0):.2f} "
             f"| {cost['network_evaluations']:,} | {cost['seconds']:.0f} |"
         )
-    if not costs:
+    if not rows:
         raise ElijahError(f"{out}: {detector} scanned no model of these; elijah zoo run --detector {detector} does")
-    lines += ["", "| attack | models | backdoored | undecided | clean | right, % | 95 % |", "|---" * 7 + "|"]
-    bad = [verdict for attack, own in verdicts.items() if attack != "clean" for verdict in own]
-    for name, own in {**verdicts, "all backdoored": bad}.items():
-        counts = {verdict: own.count(verdict) for verdict in ("backdoored", "undecided", "clean")}
-        right = counts["clean" if name == "clean" else "backdoored"]
-        if own:
-            low, high = (100 * v for v in wilson(right, len(own)))
-            cells = " | ".join(str(n) for n in counts.values())
-            share = f"{100 * right / len(own):.0f} | {low:.0f} to {high:.0f}"
-            lines.append(f"| {name} | {len(own)} | {cells} | {share} |")
     note = (
         f"Scans by {detector}, which were told nothing. Best hypothesis: its family and loss ratio. Fires: success "
-        "under the sampler that the attack is made for. "
-        f"Median cost: {statistics.median(costs):,.0f} network evaluations."
+        "under the sampler that the attack is made for. Median cost: "
+        f"{statistics.median(row.evaluations or 0 for row in rows):,.0f} network evaluations."
     )
-    return "\n".join([*lines, "", note, ""])
+    return "\n".join([*lines, "", note, "", rates_table(rows)])
 
 
 def control_of(entry: Entry, entries: list[Entry], results: dict[str, dict[str, Any]]) -> str:

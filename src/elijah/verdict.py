@@ -21,6 +21,12 @@ from elijah.errors import ElijahError
 from elijah.files import write_file
 
 DEFAULT_RATE = 0.01
+LOOSE = (
+    0.05  # a rate above this, where nobody asked for one, calls nothing backdoored that the detector's rule does not
+)
+BUILTIN = Path(__file__).parent / "calibrations"  # NAME-OF-THE-DETECTOR.json, where one ships
+TAIL = 4  # of so many clean scores, the highest is of the tail
+FEWEST_IN_TAIL = 5
 LARGEST = 2**24  # bytes of a calibration or of one result; a larger file is not read
 SMALLEST_RATE = 1e-6
 Side = Annotated[int, Field(ge=1, le=4096)]
@@ -46,13 +52,18 @@ class CleanModel(Strict):
 
 @dataclass(frozen=True)
 class Judgement:
-    """A calibrated verdict. p_value: None where there is none to give; out_of_range: in what the model is unlike."""
+    """A calibrated verdict. p_value: None where there is none to give; out_of_range: in what the model is unlike.
+
+    rate: the false positive rate that the verdict claims. fitted_tail: see fitted_tail; no verdict depends on it.
+    """
 
     verdict: str
     reason: str
     p_value: float | None
     out_of_range: list[str]
     clean_models: int  # that the score was compared with
+    rate: float
+    fitted_tail: float | None = None
 
 
 class Calibration(Strict):
@@ -94,6 +105,12 @@ class Calibration(Strict):
         scores = [m.score for m in self.of_kind(kind)]
         return (1 + sum(s >= score for s in scores)) / (1 + len(scores))
 
+    def rate_for(self, kind: str) -> float:
+        """The false positive rate that is claimed where none was asked for: DEFAULT_RATE, or the smallest that the
+        clean models of the kind allow, if that is larger."""
+        n = len(self.of_kind(kind))
+        return max(DEFAULT_RATE, 1 / (n + 1)) if n else DEFAULT_RATE
+
     @property
     def far(self) -> float:
         """The score beyond which a model that is unlike these may be called backdoored: max + (max - median)."""
@@ -133,21 +150,39 @@ class Calibration(Strict):
 
     def judgement(
         self, rule: str, reason: str, score: float | None, kind: str, sample_shape: tuple[int, int, int],
-        parameters: int, rate: float,
+        parameters: int, asked: float | None,
     ) -> Judgement:  # fmt: skip
         """The verdict on a model from the detector's fixed rule, with its reason, and its suspicion, None without one.
 
-        sample_shape: C, H, W. Raises ElijahError as check does.
+        sample_shape: C, H, W. asked: the false positive rate; None is rate_for, and if that is more than LOOSE, then
+        only what the rule calls backdoored is. Raises ElijahError as check does.
         """
+        rate = self.rate_for(kind) if asked is None else asked
         self.check(self.detector, kind, rate)
         unlike = self.out_of_range(kind, sample_shape, parameters)
         compared = len(self.clean if unlike else self.of_kind(kind))
         if score is None:
-            return Judgement("undecided", f"{reason}; there is no score to compare", None, unlike, compared)
+            return Judgement("undecided", f"{reason}; there is no score to compare", None, unlike, compared, rate)
         p = None if unlike else self.p_value(score, kind)
         verdict, suffix = judge(rule, p, rate, not unlike, score, self.far)
         suffix += f" ({', '.join(unlike)})" if unlike else ""
-        return Judgement(verdict, f"{reason}; {suffix}", p, unlike, compared)
+        if asked is None and rate > LOOSE and rule == "undecided" and verdict == "backdoored":
+            verdict, suffix = "undecided", f"{suffix}, but of {compared} clean models that says little"
+        tail = None if unlike else fitted_tail(score, [m.score for m in self.of_kind(kind)])
+        return Judgement(verdict, f"{reason}; {suffix}", p, unlike, compared, rate, tail)
+
+
+def fitted_tail(score: float, clean: list[float]) -> float | None:
+    """The probability that a clean model scores at least as much, by an exponential tail fitted to the highest clean
+    scores (a generalised Pareto distribution of shape 0; Pickands 1975): below 1 / (n + 1) too, but on an assumption.
+
+    None where the score is not in the tail, and where too few clean scores are.
+    """
+    k, ordered = len(clean) // TAIL, sorted(clean)
+    if k < FEWEST_IN_TAIL:
+        return None
+    begin, mean = ordered[-k - 1], statistics.mean(ordered[-k:])
+    return None if score <= begin or mean <= begin else k / len(clean) * math.exp((begin - score) / (mean - begin))
 
 
 def models_for(rate: float) -> int:
@@ -202,6 +237,21 @@ def first_error(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(key) for key in first["loc"])[:80] or "the document"
     return " ".join(f"{where}: {first['msg'][:200]}".split())
+
+
+def find_calibration(choice: str, detector: str) -> Calibration | None:
+    """The calibration that was chosen: builtin, the package's own for the detector, None where there is none; none,
+    None; or else the one in the file of that name. Raises ElijahError as read_calibration does."""
+    if choice == "none":
+        return None
+    if choice == "builtin":
+        return read_calibration(BUILTIN / f"{detector}.json") if ships(detector) else None
+    return read_calibration(Path(choice))
+
+
+def ships(detector: str) -> bool:
+    """Whether the package has a calibration of its own for the detector."""
+    return (BUILTIN / f"{detector}.json").is_file()
 
 
 def read_calibration(file: Path) -> Calibration:
