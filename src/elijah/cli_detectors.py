@@ -1,4 +1,4 @@
-"""The command line for the comparison of scans: elijah bench detectors, stability and effort. No torch at import."""
+"""The command line that compares scans: elijah bench detectors, stability, effort and figure. No torch at import."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elijah.cli_zoo import IdArgument, bench_app
+from elijah.cli_zoo import IdArgument, ResultsArgument, bench_app
 from elijah.console import Talk, emit, run
+from elijah.files import check_output
 from elijah.options import (
     CacheOption,
+    DetectorOption,
     DetectorsOption,
     ManifestArgument,
     ManifestsArgument,
@@ -119,6 +121,27 @@ def bench_scans(
 
         read = read_manifest(manifest)
         run_model(read, name, cache / read.name, out, read_runs(runs))
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@bench_app.command("figure")
+def bench_figure(
+    results: ResultsArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.svg", help="The figure.")],
+    detector: DetectorOption = "lossfit",
+    part: Annotated[str | None, typer.Option(metavar="PART", help="Only models of this part.")] = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Draw how suspicious a zoo's scans find each model, clean ones beside those of each attack."""
+
+    def body(talk: Talk) -> int:
+        check_output(output)
+        from elijah.figure import suspicion_figure
+
+        emit(suspicion_figure(results, detector, part), output, talk)
         return 0
 
     run(body, quiet=quiet, verbose=verbose)
