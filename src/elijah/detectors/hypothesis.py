@@ -32,11 +32,6 @@ class Start:
     level: int | None = None
     power: float = 0.0
 
-    @property
-    def lr(self) -> float:
-        """Adam's; coarse steps are large ones already."""
-        return 0.1 if self.power else 0.25
-
 
 COARSE = 1.5
 
@@ -130,7 +125,6 @@ class Hypothesis:
     loss_ratio: float = float("inf")
     scale: float = 1.0  # of the model's own range: the largest value of r and y
     size: float = 1.0  # rms of r that power.follow keeps
-    flat: bool = False  # at its start
     patch: Tensor | None = None
 
     @property

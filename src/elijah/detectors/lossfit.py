@@ -5,7 +5,7 @@ which the attacker's loss is nearly zero; a clean network calls the whole shift 
 
     L(r, y, gamma) = sum_t |eps(x_t, t) - e - kappa R_t r|^2 / sum_t |(gamma - 1) e + (k_t / s - kappa R_t) r|^2
 
-is near 1 on a clean network and near 0 at a backdoor. Minimising L inverts trigger and target together and names the
+is near 1 on a clean network and near 0 at a backdoor. Making L small inverts trigger and target together and names the
 family. The second, independent evidence is what the outputs say: sampled from gamma e + r, do they move onto y? Where
 the target may be a distribution: do they differ from those without?
 
@@ -39,7 +39,7 @@ class LossFit:
     samples: how many the output test draws a sampler, half as many where one is costly (exploding). max_shift_p:
     outputs with and without the trigger count as changed up to this p-value of being draws from one distribution.
     Where a loss nearly fits and the outputs do not say so, what else could fire is tested (alternatives), in the end
-    after a longer fit (refine_*) and under more samplers (careful_*).
+    after a longer search from there (refine_iterations) and under more samplers (careful_*).
     """
 
     kinds: ClassVar = ("ddpm", "ncsn", "ldm")
@@ -176,7 +176,7 @@ class LossFit:
                 *(f.matches + " (or to a distribution)" * f.distribution for f in self.search.families_of(model)),
             ],
             not_covered=[
-                "patch triggers of more than one colour, or whose colour has a channel between black and full",
+                "patch triggers of several colours, or of one that is neither grey nor of black and full channels",
                 "triggers that act only at small t", "backdoors that are not triggered by the start noise",
             ],
         )  # fmt: skip

@@ -156,7 +156,7 @@ class Search:
     def descend(self, model: Model, group: list[Hypothesis], iterations: int, generator: torch.Generator) -> None:
         """Adam on r and y, in place; the rate falls to a fifth."""
         leaves = [[h.u, h.w] for h in group]
-        rates = [0.1 if h.power else 0.25 for h in group]
+        rates = [0.1 if h.power else 0.25 for h in group]  # coarse steps are large ones already
         optimizer = adam(leaves, rates)
         for k in range(iterations):
             for settings, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -215,7 +215,7 @@ def begin(model: Model, family: Family, start: Start, generator: torch.Generator
     size = start.size * unit
     zero = torch.zeros_like(r)
     v = torch.logit(torch.tensor(family.response.gamma, device=r.device), 1e-6)
-    h = Hypothesis(family, start.power, zero, v, zero.clone(), scale=scale, size=size, flat=start.level is not None)
+    h = Hypothesis(family, start.power, zero, v, zero.clone(), scale=scale, size=size)
     h.set_trigger(size * r / r.square().mean().sqrt().clamp(min=1e-12))
     return h
 
