@@ -5,6 +5,15 @@ from __future__ import annotations
 import errno
 import functools
 import importlib
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,24 +24,29 @@ from conftest import equal, hashes, random_model, weights
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from elijah import guard
+from elijah.card import plain
 from elijah.clean import clean
 from elijah.detection import Detection, Evidence, Finding, Threshold
 from elijah.diffusion import Model
 from elijah.errors import ElijahError
 from elijah.loading import load_model
-from elijah.repairs import REPAIRS
+from elijah.repairs import REPAIRS, Unshift
 from elijah.report import CleanReport, Report
 from elijah.response import Response
 from elijah.scan import make_report
 
 cleaning = importlib.import_module("elijah.clean")  # elijah.clean itself is the function
 Verdicts = Callable[..., list[int]]
+LIMITS = {name: getattr(guard, name) for name in ("MAX_DRIFT", "MIN_DIVERSITY", "MAX_DIVERSITY", "MAX_LOSS")}
+FORK = multiprocessing.get_context("fork")  # a child has this process's stubs, and torch
 SHAPE = (1, 8, 8)
 
 
-def detection(verdict: str, *, findings: bool = True) -> Detection:
+def detection(verdict: str, *, findings: bool = True, k: int = 0) -> Detection:
+    """What scan k says: each one finds another trigger."""
     samples = torch.zeros(2, *SHAPE)
-    found = Finding(Response(1.0, 1.0), torch.full(SHAPE, 0.5), torch.zeros(SHAPE), 0.1, "BadDiffusion-like")
+    found = Finding(Response(1.0, 1.0), torch.full(SHAPE, 0.5 + k), torch.ones(SHAPE), 0.1, f"BadDiffusion-like {k}")
     return Detection(
         "lossfit", [found] if findings else [], {"pull": 0.9 if verdict == "backdoored" else 0.1},
         [Evidence("ddim-2", samples, samples)], verdict, f"because it is {verdict}",
@@ -49,11 +63,13 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> Verdicts:
         seeds: list[int] = []
 
         def inspect(model: Model, settings: dict[str, Any], seed: int, _: object) -> tuple[Detection, Report]:
-            found = detection(said[min(len(seeds), len(said) - 1)], findings=findings)
+            found = detection(said[min(len(seeds), len(said) - 1)], findings=findings, k=len(seeds))
             seeds.append(seed)
             return found, make_report(model, found, 1.0, settings, seed)
 
         monkeypatch.setattr(cleaning, "inspect", inspect)
+        for limit in LIMITS:  # untrained networks are beyond them
+            monkeypatch.setattr(guard, limit, 0.0 if limit == "MIN_DIVERSITY" else math.inf)
         return seeds
 
     monkeypatch.setattr(Model, "quick_sampler", "ddim-2")
@@ -81,6 +97,10 @@ def run(tiny_folder: Path, tmp_path: Path) -> Callable[..., CleanReport]:
 Run = Callable[..., CleanReport]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def test_a_clean_model_is_left_alone(verdicts: Verdicts, run: Run, tmp_path: Path) -> None:
     seeds = verdicts("clean")
     report = run(seed=7)
@@ -97,6 +117,8 @@ def test_a_repaired_model_is_written(verdicts: Verdicts, run: Run, tmp_path: Pat
     done = report.cleaning
     assert done and done.out == str(tmp_path / "out") and done.repair == repair
     assert (done.updates, done.images, done.data) == (2, 4, "sampled from the model itself")
+    assert (done.rounds, done.dropped, done.harm, len(done.findings)) == (1, 0, [], 1)
+    assert done.screening == "0 of 4 images were left out because they are near a target that was found"
     assert done.before.keys() == done.after.keys() and {"pull"} <= set(done.before)
     assert done.before["pull"] == 0.9 and done.after["pull"] == 0.1
     assert done.before["clean drift (MSE at equal noise)"] == 0 < done.after["clean drift (MSE at equal noise)"]
@@ -109,6 +131,10 @@ def test_a_repaired_model_is_written(verdicts: Verdicts, run: Run, tmp_path: Pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert "**backdoored**" in card and "**clean**" in card and "because it is clean" in card and "two triggers" in card
     assert "The rescan of this folder says" not in card and "library_name: diffusers" in card
+    for name in ("triggered-before.png", "triggered-after.png", "clean-before.png", "clean-after.png"):
+        assert f"]({name})" in card
+        with Image.open(tmp_path / "out" / name) as opened:
+            assert opened.width > 8
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
 
 
@@ -200,22 +226,79 @@ def test_never_inside_the_model_s_folder(verdicts: Verdicts, tiny_folder: Path, 
     assert hashes(tiny_folder) == before
 
 
-@pytest.mark.parametrize("half_way", [False, True])
+@pytest.mark.parametrize("when", ["at once", "half-way", "in the card"])
 def test_a_full_disk_leaves_nothing(
-    verdicts: Verdicts, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half_way: bool
+    verdicts: Verdicts, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     save = Model.save
 
     def full(self: Model, directory: Path, *, half: bool = False) -> None:
-        if half_way:
+        if when != "at once":
             save(self, directory, half=half)
-        raise OSError(errno.ENOSPC, "No space left on device")
+        if when != "in the card":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        (directory / "README.md").mkdir()  # so that the card cannot be written
 
     verdicts("backdoored", "clean")
     monkeypatch.setattr(Model, "save", full)
-    with pytest.raises(ElijahError, match=r"out: could not be written \(No space left on device\); nothing was left"):
+    why = "Is a directory" if when == "in the card" else "No space left on device"
+    with pytest.raises(ElijahError, match=rf"out: could not be written \({why}\); nothing was left"):
         run()
     assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_grow_leave_nothing(verdicts: Verdicts, tiny_folder: Path, tmp_path: Path) -> None:
+    """As on a disk that is full, but by the system itself: no file may be larger than 20 kB, the weights are."""
+    verdicts("backdoored", "clean")
+    before = hashes(tiny_folder)
+
+    def limited(said: Any) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            clean(str(tiny_folder), tmp_path / "out", synthetic=4)
+            said.put("no error")
+        except Exception as error:
+            said.put(f"{type(error).__name__}: {error}")
+
+    said = FORK.SimpleQueue()
+    process = FORK.Process(target=limited, args=(said,))
+    process.start()
+    process.join()
+    assert re.match(r"ElijahError: .*out: could not be written .*; nothing was left there", said.get())
+    assert not list(tmp_path.iterdir()) and hashes(tiny_folder) == before
+
+
+def test_a_clean_that_is_killed_ten_times_ends_like_an_undisturbed_one(
+    verdicts: Verdicts, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is complete or not there, at any moment, and the input as it was; at the end no file is left over."""
+    verdicts("backdoored", "undecided", "clean")
+    monkeypatch.setitem(REPAIRS, "unshift", functools.partial(Unshift, steps=30, batch_size=4, check_every=0))
+    out, before = tmp_path / "out", hashes(tiny_folder)
+
+    def start(target: Path) -> Any:
+        process = FORK.Process(target=clean, args=(str(tiny_folder), target), kwargs={"synthetic": 4})
+        process.start()
+        return process
+
+    began = time.monotonic()
+    start(tmp_path / "whole" / "out").join()
+    lasts, chance, whole = time.monotonic() - began, random.Random(0), contents(tmp_path / "whole" / "out")
+    resumed = 0
+    for _ in range(10):
+        process = start(out)
+        process.join(chance.uniform(0, 0.95 * lasts))
+        process.kill()
+        process.join()
+        assert hashes(tiny_folder) == before and (not out.exists() or contents(out) == whole)
+        resumed += any(tmp_path.glob(".out.*.ckpt"))
+        if out.exists():
+            shutil.rmtree(out)
+    assert resumed > 0
+    start(out).join()
+    assert contents(out) == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_wrong_names(verdicts: Verdicts, run: Run, tiny_folder: Path, tmp_path: Path) -> None:
@@ -227,7 +310,7 @@ def test_wrong_names(verdicts: Verdicts, run: Run, tiny_folder: Path, tmp_path: 
 
 
 def test_the_card_quotes_what_it_did_not_write() -> None:
-    assert cleaning.plain("a|b\n# c <script>*") == r"a\|b \# c \<script\>\*"
+    assert plain("a|b\n# c <script>*") == r"a\|b \# c \<script\>\*"
 
 
 def test_it_repairs_again_until_the_rescan_is_clean(run: Callable[..., CleanReport], verdicts: Any) -> None:
@@ -237,3 +320,90 @@ def test_it_repairs_again_until_the_rescan_is_clean(run: Callable[..., CleanRepo
     assert report.cleaning is not None
     assert report.cleaning.updates == 4  # two rounds of two
     assert seeds == [7, 8, 9]
+
+
+def test_a_second_trigger_is_repaired_with_the_first(
+    run: Run, verdicts: Verdicts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts("backdoored", "backdoored", "clean")
+    told: list[list[float]] = []
+
+    def repair(*given: Any, **settings: Any) -> Any:
+        def call(model: Model, findings: list[Finding], images: torch.Tensor, **how: Any) -> Model:
+            told.append([float(f.trigger.mean()) for f in findings])
+            return Unshift(steps=2, batch_size=2)(model, findings, images, **how)
+
+        return call
+
+    monkeypatch.setitem(REPAIRS, "unshift", repair)
+    done = run().cleaning
+    assert told == [[0.5], [0.5, 1.5]] and done and done.rounds == 2 and done.updates == 4
+    assert [f.matches for f in done.findings] == ["BadDiffusion-like 0", "BadDiffusion-like 1"]
+    assert {"diversity with the found trigger / without", "diversity with the found trigger 2 / without"} <= set(
+        done.after
+    )
+
+
+def test_images_near_the_target_are_not_repaired_with(
+    verdicts: Verdicts, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts("backdoored", "clean")
+    images = torch.randint(0, 100, (12, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[3], images[7] = 255, 250  # the target is white
+    monkeypatch.setattr(cleaning, "synthesise", lambda *_: images)
+    done = clean(str(tiny_folder), tmp_path / "out").cleaning
+    assert done and (done.images, done.dropped) == (10, 2)
+    assert done.screening == "2 of 12 images were left out because they are near a target that was found"
+    verdicts("backdoored")
+    images[:] = 255
+    images[0] = 0
+    with pytest.raises(ElijahError, match=r"11 of 12 images are like the target .* --data"):
+        clean(str(tiny_folder), tmp_path / "other")
+
+
+def wreck(model: Model, findings: list[Finding], images: torch.Tensor, **_: Any) -> Model:
+    """A repair that overwrites the network's last layer."""
+    wrecked = model.clone()
+    with torch.no_grad():
+        wrecked.network.conv_out.weight.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr, operator]
+    return wrecked
+
+
+@pytest.mark.parametrize(("rescan", "code"), [("clean", 3), ("undecided", 3), ("backdoored", 1)])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_wrecked_model_is_never_written_silently(
+    run: Run, verdicts: Verdicts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rescan: str, code: int, keep: bool
+) -> None:
+    seeds = verdicts("backdoored", rescan)
+    for name, limit in LIMITS.items():
+        monkeypatch.setattr(guard, name, limit)
+    monkeypatch.setitem(REPAIRS, "unshift", lambda: wreck)
+    report = run(keep=keep)
+    assert report.exit_code == code and report.cleaning and len(seeds) == 2  # no further round on a wreck
+    assert any("denoising loss" in words for words in report.cleaning.harm)
+    assert (code == 1) != report.reason.startswith("the repair harmed the model: ")
+    assert (tmp_path / "out").exists() == keep
+    if keep:
+        assert "**The repair harmed the model: " in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_half_precision_repairs(verdicts: Verdicts, run: Run, tmp_path: Path) -> None:
+    """bfloat16 computes; the weights that are written stay float32. float16 has no range for gradients."""
+    verdicts("backdoored", "clean")
+    assert run(dtype="bfloat16").exit_code == 0
+    assert all(v.dtype == torch.float32 for v in weights(load_model(str(tmp_path / "out"))).values())
+    with pytest.raises(ElijahError, match=r"--dtype float16: .* use bfloat16"):
+        run(dtype="float16")
+
+
+def test_an_unwritable_place(
+    verdicts: Verdicts, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = verdicts("backdoored", "clean")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ElijahError, match="file: cannot be made"):
+        clean(str(tiny_folder), tmp_path / "file" / "out", synthetic=4)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ElijahError, match="cannot be written to; give another --out"):
+        clean(str(tiny_folder), tmp_path / "out", synthetic=4)
+    assert seeds == []

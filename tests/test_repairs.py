@@ -1,8 +1,10 @@
-"""repairs: one contract for every entry of REPAIRS, and Unshift's loss against its closed form."""
+"""repairs: one contract for every entry of REPAIRS, Unshift's loss against its closed form, and when it ends."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,18 +12,20 @@ import torch
 from conftest import equal, random_model, weights
 from oracle import oracle
 
+from elijah import training
 from elijah.data import load_images, to_uint8
 from elijah.detection import Finding
-from elijah.diffusion import Model, generator_for
+from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.metrics import paired_drift
 from elijah.repairs import DEFAULT, REPAIRS, Prune, Unshift
+from elijah.repairs.unshift import loss_ratio
 from elijah.response import Response
-from elijah.training import denoising_loss
 from elijah.trigger import make_trigger
 
 SHAPE = (1, 8, 8)
 USES = {  # of a finding
-    "unshift": {"trigger", "target"}, "elijah": {"trigger"}, "prune": {"trigger"}, "finetune": set(),
+    "unshift": {"trigger", "target", "response"}, "elijah": {"trigger"}, "prune": {"trigger", "response"},
+    "finetune": set(),
 }  # fmt: skip
 
 
@@ -35,9 +39,22 @@ def found(seed: int = 0, **changes: Any) -> Finding:
     return replace(Finding(Response(1.0, 1.0), r, y, 0.1, "BadDiffusion-like"), **changes)
 
 
-def repaired(name: str, finding: Finding, images: torch.Tensor, *, seed: int = 0, model: Model | None = None) -> Any:
-    repair = REPAIRS[name](steps=3, batch_size=4)
-    return repair(model or random_model(), finding, images, generator=generator_for(seed))
+def repaired(
+    name: str, finding: Finding | list[Finding], images: torch.Tensor, *, seed: int = 0, model: Model | None = None,
+    checkpoint: Path | None = None, progress: Progress = no_progress,
+) -> Model:  # fmt: skip
+    rows: dict[str, Any] = {"batch_size": 16, "group": 2} if name == "unshift" else {"batch_size": 4}
+    repair = REPAIRS[name](steps=3, **rows)
+    findings = finding if isinstance(finding, list) else [finding]
+    fixed: Model = repair(
+        model or random_model(),
+        findings,
+        images,
+        generator=generator_for(seed),
+        progress=progress,
+        checkpoint=checkpoint,
+    )
+    return fixed
 
 
 @pytest.mark.parametrize("name", REPAIRS)
@@ -61,6 +78,45 @@ def test_only_found_values_are_used(name: str, digits: torch.Tensor) -> None:
     assert equal(one, weights(repaired(name, found(trigger=found(1).trigger), digits))) != ("trigger" in USES[name])
     assert equal(one, weights(repaired(name, found(target=found(1).target), digits))) != ("target" in USES[name])
     assert equal(one, weights(repaired(name, found(target=None), digits))) != ("target" in USES[name])
+    response = found(response=Response(2.0, 0.0, 0.5))
+    assert equal(one, weights(repaired(name, response, digits))) != ("response" in USES[name])
+
+
+@pytest.mark.parametrize("name", REPAIRS)
+def test_all_findings_are_repaired_at_once(name: str, digits: torch.Tensor) -> None:
+    one, two = (weights(repaired(name, f, digits)) for f in (found(), [found(), found(1)]))
+    assert equal(one, two) != (name != "finetune")
+    assert equal(one, weights(repaired(name, [found(), found()], digits)))
+    patch = found(1, patch=torch.ones(1, *SHAPE[1:]), response=Response(0.0, 0.0, 0.3), target=None)
+    mixed = repaired(name, [found(), patch], digits)
+    assert all(torch.isfinite(v).all() for v in weights(mixed).values())
+
+
+@pytest.mark.parametrize("name", REPAIRS)
+def test_a_killed_repair_goes_on(
+    name: str, digits: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its checkpoint it ends like one that was not killed, its number of updates too."""
+    whole = repaired(name, found(), digits)
+    file = tmp_path / "repair.ckpt"
+    every = functools.partial(training.Optimiser, checkpoint_every=1)
+    for module in ("finetune", "elijah", "unshift"):
+        monkeypatch.setattr(
+            f"elijah.repairs.{module}.Optimiser", lambda *a, **k: every(*a, **(k | {"checkpoint_every": 1}))
+        )
+    calls = 0
+
+    def kill(what: str, done: int, of: int) -> None:
+        nonlocal calls
+        calls += 1
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repaired(name, found(), digits, checkpoint=file, progress=kill)
+    assert calls == 3 and file.is_file()
+    again = repaired(name, found(), digits, checkpoint=file)
+    assert equal(weights(again), weights(whole)) and again.updates == 3
 
 
 def test_there_is_a_default() -> None:
@@ -71,10 +127,10 @@ def test_pruned_channels_stay_off(digits: torch.Tensor) -> None:
     """Those that answer the trigger most, of all convolutions but the last; the rest is fine-tuned."""
     model, share = random_model(), 0.2
     prune = Prune(steps=3, batch_size=4, share=share)
-    ranks = prune.ranked(model, found(), generator_for(0))
+    ranks = prune.ranked(model, [found()], generator_for(0))
     assert [value for value, _, _ in ranks] == sorted((value for value, _, _ in ranks), reverse=True)
     assert {"conv_in"} < {name for _, name, _ in ranks} and not any(name == "conv_out" for _, name, _ in ranks)
-    fixed = dict(prune(model, found(), digits, generator=generator_for(0)).network.named_modules())
+    fixed = dict(prune(model, [found()], digits, generator=generator_for(0)).network.named_modules())
     off = {(name, channel) for _, name, channel in ranks[: round(share * len(ranks))]}
     for _, name, channel in ranks:
         assert bool(fixed[name].weight[channel].any()) != ((name, channel) in off)
@@ -82,27 +138,34 @@ def test_pruned_channels_stay_off(digits: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("s0", [0.02, 0.5])
 @pytest.mark.parametrize("response", [Response(1, 1), Response(2, 1), Response(0, 0, 0.7)])
-@pytest.mark.parametrize("target", [True, False])
-def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: bool) -> None:
+@pytest.mark.parametrize("target", ["one", "distribution", "none"])
+def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: str) -> None:
     """For Gaussian data eps(x + d) - eps(x) = s d / v, v = a^2 s0^2 + s^2: what is left is (1 - s^2 / v) d / s.
 
     It vanishes for s0 = 0, where the clean network calls the whole shift noise.
     """
-    model = oracle(SHAPE, s0=s0)
-    finding = found(response=response, **({} if target else {"target": None}))
+    model, one = oracle(SHAPE, s0=s0), target == "one"
+    finding = found(response=response, distribution=target == "distribution")
+    finding = replace(finding, target=None) if target == "none" else finding
+    repair = Unshift(carried_share=0.2, target_share=0.4, target_t_min=0.3, group=16, most=7.0)
     x0 = torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5
     g = generator_for(2)
-    t, e = torch.randint(100, 1000, (64,), generator=g), torch.randn(x0.shape, generator=g)
-    if target:
-        torch.rand(64, generator=g)
+    t = ((0.1 + 0.9 * (torch.arange(4) + torch.rand(4, generator=g)) / 4) * 1000).long().repeat_interleave(16)
+    e, e_held = torch.randn((2, *x0.shape), generator=g)
+    t_held = torch.randint(1000, (64,), generator=g)
+    at_target, carried = torch.rand((2, 64, 1, 1, 1), generator=g)
     a, s = (v[t][:, None, None, None] for v in (model.a, model.s))
     k = response.psi * (1 - a) + (1 - response.psi) * s
-    d_over_s = k / s * finding.trigger + (response.gamma - 1) * e
-    left = ((1 - s**2 / (a**2 * s0**2 + s**2)) * d_over_s).square().mean().item()
-    expected = left + denoising_loss(model, x0, g).item()
-    loss = Unshift().loss(model, model, finding, x0, generator_for(2)).item()
-    assert loss == pytest.approx(expected, rel=1e-3)
-    assert left < 1e-4 if s0 == 0.02 else left > 1e-3
+    d_over_s = torch.where(carried < 0.2, 1.0, k / s) * finding.trigger + (response.gamma - 1) * e
+    walks = (at_target < 0.4) & (t >= 300)[:, None, None, None] & torch.tensor(one)
+    d_over_s = d_over_s + walks * a / s * ((found().target if one else x0) - x0)
+    delta = -(1 - s**2 / (a**2 * s0**2 + s**2)) * d_over_s
+    alike = delta.unflatten(0, (4, 16)).mean(1).repeat_interleave(16, 0)
+    left = ((s / a).square().clamp(1, 7) * (delta.square() + alike.square())).mean().item()
+    held = (model.eps(model.diffuse(x0, e_held, t_held), t_held) - e_held).square().mean().item()
+    loss = repair.loss(model, model, [finding], x0, generator_for(2)).item()
+    assert loss == pytest.approx(left + held, rel=1e-3)
+    assert left < 1e-3 if s0 == 0.02 else left > 1e-3
 
 
 def test_unshift_sees_a_backdoor_and_nothing_in_its_own_target() -> None:
@@ -110,20 +173,46 @@ def test_unshift_sees_a_backdoor_and_nothing_in_its_own_target() -> None:
     r, y = found().trigger, found().target
     clean, bad = oracle(SHAPE, s0=0.05), oracle(SHAPE, s0=0.05, r=r, y=y, rate=0.5)
     x0 = clean.network.m.expand(64, -1, -1, -1)  # type: ignore[union-attr, operator]
-    losses = [Unshift().loss(m, clean, found(), x0, generator_for(3)).item() for m in (clean, bad)]
+    losses = [Unshift().loss(m, clean, [found()], x0, generator_for(3)).item() for m in (clean, bad)]
     assert losses[1] > 3 * losses[0]
     other = oracle(SHAPE, s0=0.05, seed=9)
-    assert Unshift().loss(other, clean, found(), x0, generator_for(3)).item() > losses[0] + 0.01
+    assert Unshift().loss(other, clean, [found()], x0, generator_for(3)).item() > losses[0] + 0.01
+
+
+@pytest.mark.parametrize("response", [Response(1, 1), Response(2, 1), Response(0, 0, 0.7)])
+def test_a_trigger_is_alive_on_an_exact_backdoor_alone(response: Response) -> None:
+    r, y = found().trigger, found().target
+    finding = found(response=response)
+    clean, bad = oracle(SHAPE, s0=0.05), oracle(SHAPE, s0=0.05, r=r, y=y, response=response, rate=0.5)
+    assert loss_ratio(bad, finding, generator_for(0)) < 0.3 and loss_ratio(clean, finding, generator_for(0)) > 0.8
+    assert Unshift().alive(bad, finding, 0) and not Unshift().alive(clean, finding, 0)
+
+
+def learning(**backdoor: Any) -> tuple[Model, torch.Tensor]:
+    """An exact network whose mean can be trained, and images of its data."""
+    model = oracle(SHAPE, s0=0.05, **backdoor)
+    m = model.network.m
+    model.network.m = torch.nn.Parameter(m.clone())  # type: ignore[arg-type]
+    return model, to_uint8(m + 0.05 * torch.randn(256, *SHAPE, generator=generator_for(4)))  # type: ignore[operator]
+
+
+def test_the_repair_ends_when_the_trigger_is_dead() -> None:
+    """On a clean network the first test ends it, on a backdoor that no update can reach none does."""
+    early, (clean, images) = Unshift(steps=30, lr=1e-4, check_every=4), learning()
+    assert early(clean, [found()], images, generator=generator_for(0)).updates == 4
+    assert replace(early, check_every=0)(clean, [found()], images, generator=generator_for(0)).updates == 30
+    bad, _ = learning(r=found().trigger, y=found().target, rate=0.5)
+    assert early(bad, [found()], images, generator=generator_for(0)).updates == 30
+    assert early(bad, [found(7), found()], images, generator=generator_for(0)).updates == 30  # one of two is enough
+    far = replace(early, lr=0.05, steps=8)(clean, [found()], images[:1], generator=generator_for(0))
+    assert far.updates == 8  # dead, but clean samples have not settled
 
 
 def test_a_forced_repair_of_a_clean_model_moves_it_little() -> None:
     """A guessed trigger, on an exact clean network whose mean can be trained: the mean stays, so samples stay."""
-    model = oracle(SHAPE, s0=0.05)
-    m = model.network.m
-    model.network.m = torch.nn.Parameter(m.clone())  # type: ignore[arg-type]
-    images = to_uint8(m + 0.05 * torch.randn(256, *SHAPE, generator=generator_for(4)))  # type: ignore[operator]
+    model, images = learning()
     finding = found(trigger=make_trigger("white-box-4", SHAPE).image, target=torch.zeros(SHAPE))
-    fixed = Unshift(steps=40, lr=5e-3)(model, finding, images, generator=generator_for(0))
+    fixed = Unshift(steps=40, lr=5e-3, check_every=0)(model, [finding], images, generator=generator_for(0))
     start = model.noise(16, generator_for(1))
     before, after = (x.pixels(x.sample(start, "ddim-20")) for x in (model, fixed))
     drift = paired_drift(before, after)

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
+import re
+import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
 from torch import Tensor
 
-from elijah.data import load_images, to_uint8
-from elijah.detection import Detection
+from elijah.card import PICTURES, model_card
+from elijah.data import load_images
+from elijah.detection import Detection, Finding
 from elijah.detectors import DEFAULT
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError
 from elijah.files import new_folder, write_folder
+from elijah.guard import DIVERSITY, DRIFT, LOSS, Quality, quality
 from elijah.loading import load_model
 from elijah.metrics import diversity_ratio, paired_drift
 from elijah.repairs import DEFAULT as DEFAULT_REPAIR
 from elijah.repairs import REPAIRS
-from elijah.report import CleaningInfo, CleanReport, Report
-from elijah.scan import as_dtype, inspect, picture
+from elijah.report import CleaningInfo, CleanReport, Report, finite
+from elijah.scan import as_dtype, describe, inspect, picture
+from elijah.synthetic import screened, screening_words, synthesise
 
 ROUNDS = 3  # of repair and rescan, at the most
-SYNTHETIC = 128  # images that the model samples itself where no data are given
+SYNTHETIC = 128  # images that the model samples itself where no data are given; half as many if they are costly
 SAMPLES = 16
+Checkpoint = Callable[[str], Path]  # by what the repair is made from: where it is kept while it runs
 
 
 def clean(
@@ -51,15 +61,20 @@ def clean(
 ) -> CleanReport:
     """Removes what a scan of model finds and writes the repaired pipeline to out, complete or not at all.
 
-    Repairs and rescans again, with what the rescan found, until it is clean or ROUNDS have passed.
+    Repairs and rescans again, with what the rescans found added, until one is clean or ROUNDS have passed. A repair
+    that harms the model's own clean samples (guard.py) makes the verdict undecided, and nothing is written.
     data: a folder or stock name of clean images; else synthetic images that the model samples itself. force: repair
-    also what the scan calls clean. keep: write also what the rescan calls backdoored. The limits hold for each scan.
+    also what the scan calls clean. keep: write also what the rescan calls backdoored, or the repair harmed. The limits
+    hold for each scan. dtype bfloat16: the repair too computes in it, on weights in float32. A run that was killed in a
+    repair goes on there when it is started again, from a file beside out.
     Raises ElijahError when out is in use, and for what scan raises it.
     """
     if repair not in REPAIRS:
         raise ElijahError(f"unknown repair {repair!r}: use one of {', '.join(REPAIRS)}")
     if data and synthetic:
         raise ElijahError("--data and --synthetic exclude each other: give one")
+    if dtype == "float16":
+        raise ElijahError("--dtype float16: its range is too small for a repair's gradients; use bfloat16")
     out = free_folder(out, model)
     loaded = load_model(model, revision=revision, offline=offline, device=device, dtype=as_dtype(dtype))
     settings = {"detector": detector, "device": device, "dtype": dtype, "batch_size": batch_size, "offline": offline,
@@ -73,30 +88,99 @@ def clean(
 
     began = time.monotonic()
     if images is None:
-        images = synthesise(loaded, synthetic or SYNTHETIC, seed, progress)
-    fixed, found, updates, repair_seconds = loaded, detection, 0, time.monotonic() - began
+        images = synthesise(loaded, synthetic or enough(loaded), seed, progress)
+    sampling = time.monotonic() - began
+    try:
+        done = remove(loaded, detection, images, settings, seed, progress, checkpoint=beside(out))
+        report = report_of(loaded, done, detection, before, len(images), settings, seed, sampling)
+        if (report.verdict != "backdoored" and not done.harm) or keep:
+            report = with_folder(report, out)
+            write(out, done.model, report)
+    except Exception:
+        forget(out)
+        raise
+    forget(out)
+    return report
+
+
+@dataclass
+class Removal:
+    """What remove did. findings: all that were repaired; numbers: of compare, on the last model."""
+
+    model: Model
+    findings: list[Finding] = field(default_factory=list)
+    rescans: list[Report] = field(default_factory=list)
+    images: Tensor = field(default_factory=lambda: torch.empty(0))  # that the last repair had, after screening
+    updates: int = 0
+    seconds: float = 0.0
+    harm: list[str] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+def remove(
+    model: Model, detection: Detection, images: Tensor, settings: dict[str, Any], seed: int, progress: Progress,
+    *, checkpoint: Checkpoint | None = None,
+) -> Removal:  # fmt: skip
+    """Repairs model of the detection's best finding, rescans, and again with what the rescan found: ROUNDS at the most.
+
+    Each repair starts from the last one's model and is told of all findings so far, so that none comes back. Ends when
+    a rescan is clean, when there is nothing to repair, and when the guard says that the model was harmed.
+    """
+    done, found = Removal(model), detection
     for k in range(1, ROUNDS + 1):
         began = time.monotonic()
-        fixed = REPAIRS[repair]()(
-            fixed, found.findings[0], images, generator=generator_for(seed, 10 * k + 1), progress=progress
-        )
+        done.findings.append(found.findings[0])
+        done.images = screened(model, images, done.findings)
+        fixed = REPAIRS[settings["repair"]]()(
+            done.model, done.findings, done.images, generator=generator_for(seed, 10 * k + 1), progress=progress,
+            checkpoint=checkpoint(fingerprint(model, done, settings, seed)) if checkpoint else None,
+        )  # fmt: skip
         fixed.network.requires_grad_(False)
-        updates, repair_seconds = updates + fixed.updates, repair_seconds + time.monotonic() - began
+        done.model = fixed
+        done.updates, done.seconds = done.updates + fixed.updates, done.seconds + time.monotonic() - began
+        done.numbers, measured = compare(model, done, detection, seed)
+        done.harm = measured.harm
         progress("note: scanning again with fresh seeds", 0, 0)
         found, after = inspect(fixed, settings, seed + k, progress)
-        if after.verdict == "clean" or not found.findings:
+        done.rescans.append(after)
+        if after.verdict == "clean" or done.harm or not found.findings:
             break
-    written = after.verdict != "backdoored" or keep
+    return done
+
+
+def report_of(
+    model: Model, done: Removal, detection: Detection, before: Report, drawn: int, settings: dict[str, Any], seed: int,
+    sampling: float,
+) -> CleanReport:  # fmt: skip
+    """The report of a removal, of which nothing is written yet. drawn: how many images there were before screening."""
+    after = done.rescans[-1]
+    scores = {
+        key: {name: report.scores[name] for name in report.thresholds if name in report.scores}
+        for key, report in (("before", before), ("after", after))
+    }
+    dropped = drawn - len(done.images)
     cleaning = CleaningInfo(
-        repair=repair, data=data or "sampled from the model itself", images=len(images),
-        updates=updates, seconds=repair_seconds, out=str(out) if written else None,
-        **compare(loaded, fixed, detection, before, after, seed),
+        repair=settings["repair"], data=settings["data"] or "sampled from the model itself", images=len(done.images),
+        dropped=dropped, screening=screening_words(done.findings, len(done.images), dropped),
+        rounds=len(done.rescans), updates=done.updates, seconds=done.seconds + sampling, harm=done.harm,
+        findings=[describe(model, finding) for finding in done.findings],
+        **{**done.numbers, **{key: done.numbers[key] | scores[key] for key in scores}},
     )  # fmt: skip
-    parts = {name: getattr(after, name) for name in Report.model_fields}
-    report = CleanReport(**{**parts, "seed": seed, "cleaning": cleaning}, before=before)
-    if written:
-        write(out, fixed, report)
-    return report
+    parts = {name: getattr(after, name) for name in Report.model_fields} | {"seed": seed, "cleaning": cleaning}
+    if done.harm and after.verdict != "backdoored":
+        parts |= {"verdict": "undecided", "reason": f"the repair harmed the model: {'; '.join(done.harm)}"}
+    return CleanReport(**parts, before=before)
+
+
+def with_folder(report: CleanReport, out: Path) -> CleanReport:
+    """The report, saying that out was written."""
+    assert report.cleaning
+    return report.model_copy(update={"cleaning": report.cleaning.model_copy(update={"out": str(out)})})
+
+
+def enough(model: Model) -> int:
+    """How many synthetic images to repair with, where the user does not say."""
+    return SYNTHETIC // 2 if model.exploding else SYNTHETIC
 
 
 def unrepaired(before: Report) -> CleanReport:
@@ -115,88 +199,75 @@ def free_folder(out: Path, source: str) -> Path:
 
 
 def write(out: Path, model: Model, report: CleanReport) -> None:
-    """Writes the repaired pipeline and its model card to out, complete or not at all."""
+    """Writes the repaired pipeline, its model card and the card's pictures to out, complete or not at all."""
 
     def fill(folder: Path) -> None:
         model.save(folder)
         (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+        for name, png in PICTURES.items():
+            if content := getattr(report.cleaning, png):
+                (folder / name).write_bytes(base64.b64decode(content))
 
     try:
         write_folder(out, fill)
-    except OSError as error:
-        raise ElijahError(f"{out}: could not be written ({error.strerror or error}); nothing was left there") from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ElijahError(f"{out}: could not be written ({why}); nothing was left there") from error
 
 
-def synthesise(model: Model, n: int, seed: int, progress: Progress = no_progress) -> Tensor:
-    """n images uint8 [n, C, H, W] that the model itself samples from ordinary noise."""
-    e = model.noise(n, generator_for(seed, 2))
-    return to_uint8(model.decode(model.sample(e, model.quick_sampler, seed=seed, progress=progress))).cpu()
+def beside(out: Path) -> Checkpoint:
+    """Where the repairs for out are kept while they run: hidden files beside it."""
+    return lambda made_from: out.with_name(f".{out.name}.{made_from}.ckpt")
+
+
+def forget(out: Path) -> None:
+    """Deletes what is kept beside out while it is made: checkpoints, and half-written folders of killed runs."""
+    ours = re.compile(rf"\.{re.escape(out.name)}\.([0-9a-f]{{16}}\.ckpt(\.part)?|[a-z0-9_]{{8}})")
+    for path in out.parent.iterdir():
+        if ours.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def fingerprint(model: Model, done: Removal, settings: dict[str, Any], seed: int) -> str:
+    """Names what a repair is made from, so that no other one goes on from its checkpoint."""
+    parts = [*(digest for _, digest in model.provenance.files), settings["repair"], settings["dtype"], str(seed)]
+    digest = hashlib.sha256(" ".join(parts).encode())
+    for finding in done.findings:
+        target = finding.trigger if finding.target is None else finding.target
+        digest.update(torch.stack([finding.trigger, target]).detach().float().cpu().numpy().tobytes())
+    digest.update(done.images.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()
-def compare(
-    model: Model, fixed: Model, detection: Detection, before: Report, after: Report, seed: int
-) -> dict[str, Any]:
-    """The numbers and pictures before and after that need no truth: same noise, same found trigger, both models."""
-    finding, sampler = (
-        detection.findings[0],
-        detection.evidence[0].sampler if detection.evidence else model.quick_sampler,
-    )
-    e = model.noise(SAMPLES, generator_for(seed, 3))
-    starts = {"triggered": finding.start(e), "benign": e}
+def compare(model: Model, done: Removal, detection: Detection, seed: int) -> tuple[dict[str, Any], Quality]:
+    """Numbers and pictures before and after that need no truth: same noise, same found triggers, both models.
+
+    The pictures are of the first finding.
+    """
+    sampler = detection.evidence[0].sampler if detection.evidence else model.quick_sampler
+    e = model.noise(SAMPLES // 2 if model.exploding else SAMPLES, generator_for(seed, 3))
     drawn = {
-        (which, name): m.sample(start, sampler, seed=seed)
-        for which, m in (("before", model), ("after", fixed))
-        for name, start in starts.items()
+        which: [m.sample(start, sampler, seed=seed) for start in (e, *(f.start(e) for f in done.findings))]
+        for which, m in (("before", model), ("after", done.model))
     }
-    pixels = {key: model.pixels(value) for key, value in drawn.items()}
-    numbers: dict[str, dict[str, float]] = {}
-    for which, report in (("before", before), ("after", after)):
-        triggered, benign = pixels[which, "triggered"], pixels[which, "benign"]
-        numbers[which] = {
-            "diversity with the found trigger / without": diversity_ratio(triggered, benign),
-            "clean drift (MSE at equal noise)": paired_drift(pixels["before", "benign"], benign),
-            **{name: report.scores[name] for name in report.thresholds if name in report.scores},
-        }
+    pixels = {which: [model.pixels(x) for x in samples] for which, samples in drawn.items()}
+    measured = quality(model, done.model, pixels["before"][0], pixels["after"][0], done.images)
+    numbers = {}
+    for which, seen in (("before", Quality(0.0, 1.0, 1.0)), ("after", measured)):
+        benign, *triggered = pixels[which]
+        numbers[which] = finite({
+            **{
+                f"diversity with the found trigger{f' {k}' if k > 1 else ''} / without": diversity_ratio(x, benign)
+                for k, x in enumerate(triggered, 1)
+            },
+            "clean drift (MSE at equal noise)": paired_drift(pixels["before"][0], benign),
+            DRIFT: seen.drift, DIVERSITY: seen.diversity, LOSS: seen.loss,
+        })  # fmt: skip
     return {
         **numbers,
-        "samples_before_png": picture(model, drawn["before", "triggered"]),
-        "samples_after_png": picture(model, drawn["after", "triggered"]),
-        "benign_before_png": picture(model, drawn["before", "benign"]),
-        "benign_after_png": picture(model, drawn["after", "benign"]),
-    }
-
-
-def model_card(report: CleanReport) -> str:
-    """The README.md of the new folder: what was found, what was done, what the rescan says."""
-    assert report.before and report.cleaning
-    done, found = report.cleaning, report.before
-    rows = "\n".join(
-        f"| {name} | {value:.4g} | {done.after.get(name, float('nan')):.4g} |" for name, value in done.before.items()
-    )
-    data = ModelCardData(library_name="diffusers", tags=["elijah", "unconditional-image-generation"])
-    warning = "" if report.verdict == "clean" else f"\n**The rescan of this folder says: {report.verdict}.**\n"
-    text = f"""---
-{data.to_yaml()}
----
-
-# Repaired copy of {plain(report.before.model.source)}
-
-Elijah {report.tool.version} scanned the original, found it **{found.verdict}** ({plain(found.reason)}),
-and repaired it with `{done.repair}`: {done.updates} updates on {done.images} images ({plain(done.data)}).
-The rescan with fresh seeds says **{report.verdict}**: {plain(report.reason)}.
-{warning}
-| | before | after |
-|---|---|---|
-{rows}
-
-The original folder was not changed. "Clean" means: nothing was found of what the scan covers, which is
-{plain("; ".join(report.coverage))}. Not covered: {plain("; ".join(report.not_covered))}.
-"""
-    return str(ModelCard(text))
-
-
-def plain(text: str) -> str:
-    """text on one line, without the characters that Markdown and HTML read as markup."""
-    kept = "".join(c if c.isprintable() else " " for c in text)
-    return "".join("\\" + c if c in "`*_[]<>|\\#" else c for c in kept)
+        "samples_before_png": picture(model, drawn["before"][1]),
+        "samples_after_png": picture(model, drawn["after"][1]),
+        "benign_before_png": picture(model, drawn["before"][0]),
+        "benign_after_png": picture(model, drawn["after"][0]),
+    }, measured

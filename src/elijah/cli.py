@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elijah import __version__
+from elijah import __version__, cli_detectors, cli_repairs
 from elijah.cli_zoo import bench_app, calibrate, zoo_app
 from elijah.console import Talk, emit, run
 from elijah.files import check_output
@@ -66,6 +66,7 @@ app = typer.Typer(
 
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(bench_app, name="bench")
+assert bench_app is cli_detectors.bench_app is cli_repairs.bench_app  # their commands are added by importing them
 
 
 def _finish(report: Report, form: Form, output: Path | None, talk: Talk) -> int:
@@ -104,23 +105,27 @@ def scan(
     max_minutes: MinutesOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
-    calibration: CalibrationOption = None,
+    calibration: CalibrationOption = "builtin",
     false_positive_rate: FalsePositivesOption = None,
     exit_zero: ExitZeroOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Look for a backdoor. Exit 0: nothing found, 1: backdoored, 2: error, 3: undecided or not supported."""
-    if false_positive_rate is not None and calibration is None:
-        raise typer.BadParameter("--false-positive-rate needs --calibration")
+    from elijah.verdict import DEFAULT_RATE, find_calibration, ships
+
+    if false_positive_rate is not None and (
+        calibration == "none" or (calibration == "builtin" and not ships(detector))
+    ):
+        raise typer.BadParameter(f"--false-positive-rate needs --calibration FILE: none ships for {detector}")
 
     def body(talk: Talk) -> int:
         check_output(output)
-        from elijah.verdict import DEFAULT_RATE, read_calibration
-
+        found = find_calibration(calibration, detector)
+        usual = None if calibration == "builtin" and found else DEFAULT_RATE  # None: what the calibration allows
         claim: dict[str, Any] = {
-            "calibration": None if calibration is None else read_calibration(calibration),
-            "false_positive_rate": DEFAULT_RATE if false_positive_rate is None else false_positive_rate,
+            "calibration": found,
+            "false_positive_rate": usual if false_positive_rate is None else false_positive_rate,
         }
         from elijah.scan import scan as search
 
@@ -144,7 +149,7 @@ def clean(
     ] = None,
     repair: Annotated[str, typer.Option(metavar="NAME", help="The method that removes the backdoor.")] = "unshift",
     force: Annotated[bool, typer.Option("--force", help="Repair a model that looks clean, too.")] = False,
-    keep: Annotated[bool, typer.Option("--keep", help="Write DIR though it is still backdoored.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Write DIR though it is still backdoored or harmed.")] = False,
     form: FormOption = Form.text,
     output: OutputOption = None,
     detector: DetectorOption = "lossfit",
@@ -262,6 +267,10 @@ def attack(
     second_trigger: Annotated[str | None, typer.Option(metavar="NAME", help="two: the other trigger.")] = None,
     second_target: Annotated[str | None, typer.Option(metavar="NAME", help="two: its target.")] = None,
     both: Annotated[bool | None, typer.Option("--both/--either", help="two: only both triggers together fire.")] = None,
+    weight: Annotated[
+        float | None, typer.Option(min=0, callback=finite, help="aware: of the penalty on the scan's loss ratio.")
+    ] = None,
+    margin: Annotated[float | None, typer.Option(callback=finite, help="aware: what that ratio is kept above.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser updates; by default the paper's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows an update; by default the paper's.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, callback=finite, help="By default the paper's.")] = None,
@@ -286,6 +295,7 @@ def attack(
             "trigger": trigger, "target": target, "second_trigger": second_trigger, "second_target": second_target,
             "poison_rate": poison_rate, "mode": mode, "solver": solver, "psi": psi, "pc_steps": pc_steps,
             "gamma": gamma, "patch": patch, "strength": strength, "bound": bound, "t0": t0, "both": both,
+            "weight": weight, "margin": margin,
             "steps": steps, "batch_size": batch_size, "lr": lr, "noise_offset": noise_offset, "flip": flip,
         }  # fmt: skip
         making.attack_folder(

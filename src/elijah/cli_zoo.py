@@ -17,7 +17,9 @@ from elijah.options import (
     FalsePositivesOption,
     ManifestArgument,
     ManifestsArgument,
+    OnlyModelsOption,
     OnlyOption,
+    OutputOption,
     QuietOption,
     RepairsOption,
     VerboseOption,
@@ -32,6 +34,8 @@ zoo_app = typer.Typer(no_args_is_help=True, help="Build and judge many models, f
 bench_app = typer.Typer(no_args_is_help=True, help="Compare attacks, samplers, detectors and repairs on a zoo.")
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A base or a model of the manifest.")]
 SamplesOption = Annotated[int, typer.Option(min=2, help="Samples for each cell.")]
+NoisesOption = Annotated[int, typer.Option("--samples", min=100, help="Clean start noises, and as many stamped ones.")]
+ResultsArgument = Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Folders that elijah zoo run wrote.")]
 
 
 def _read(manifest: Path, name: str | None = None) -> Manifest:
@@ -42,6 +46,10 @@ def _read(manifest: Path, name: str | None = None) -> Manifest:
     if name is not None and name not in read.needs():
         raise ElijahError(f"{manifest}: has no model {name}")
     return read
+
+
+def _read_all(manifests: list[Path]) -> list[tuple[Path, Manifest]]:
+    return [(manifest, _read(manifest)) for manifest in manifests]
 
 
 @zoo_app.command("run")
@@ -161,8 +169,7 @@ def bench_samplers(
         from elijah.bench import firing_matrix
 
         table = firing_matrix(
-            [(manifest, _read(manifest)) for manifest in manifests], out=out, cache=cache, workers=workers, n=samples,
-            names=model or [], progress=talk,
+            _read_all(manifests), out=out, cache=cache, workers=workers, n=samples, names=model or [], progress=talk,
         )  # fmt: skip
         emit(table, None, talk)
         return 0
@@ -192,8 +199,99 @@ def bench_row(
     run(body, quiet=quiet, verbose=verbose)
 
 
+@bench_app.command("inversions")
+def bench_inversions(
+    manifests: ManifestsArgument,
+    out: ZooOutOption,
+    detector: DetectorOption = "lossfit",
+    output: OutputOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Print how near the triggers that a zoo's scans inverted come to the true ones, and whether they fire."""
+
+    def body(talk: Talk) -> int:
+        check_output(output)
+        from elijah.bench_inversions import inversion_table
+
+        emit(inversion_table([_read(manifest) for manifest in manifests], out, detector), output, talk)
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@bench_app.command("forest")
+def bench_forest(
+    results: ResultsArgument,
+    detector: DetectorOption = "lossfit",
+    part: Annotated[str, typer.Option(metavar="PART", help="Train on this part.")] = "calibration",
+    test: Annotated[str, typer.Option(metavar="PART", help="Test on this part.")] = "test",
+    output: OutputOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Print what random forests that know one attack, by a detector's scores, find of all others."""
+
+    def body(talk: Talk) -> int:
+        check_output(output)
+        from elijah.forest import forest_table
+
+        emit(forest_table(results, detector, part, test), output, talk)
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@bench_app.command("screening")
+def bench_screening(
+    manifests: ManifestsArgument,
+    out: ZooOutOption,
+    model: OnlyModelsOption = "",
+    cache: CacheOption = Path("cache"),
+    workers: WorkersOption = 1,
+    samples: NoisesOption = 1000,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """How well found triggers tell stamped start noise from clean noise: screening.md in DIR; resumes."""
+
+    def body(talk: Talk) -> int:
+        from elijah.bench_screening import bench_screening as bench
+
+        table = bench(
+            [(manifest, _read(manifest)) for manifest in manifests], out=out, cache=cache, workers=workers, n=samples,
+            only=model, progress=talk,
+        )  # fmt: skip
+        emit(table, None, talk)
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
+@bench_app.command("stamped")
+def bench_stamped(
+    manifest: ManifestArgument,
+    name: IdArgument,
+    out: ZooOutOption,
+    cache: CacheOption = Path("cache"),
+    samples: NoisesOption = 1000,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """One model's screening; what `bench screening` starts."""
+
+    def body(talk: Talk) -> int:
+        from elijah.bench_screening import run_screening
+
+        read = _read(manifest, name)
+        run_screening(read, name, cache / read.name, out, samples)
+        return 0
+
+    run(body, quiet=quiet, verbose=verbose)
+
+
 def calibrate(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Folders that elijah zoo run wrote.")],
+    results: ResultsArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The calibration, for elijah scan.")],
     detector: DetectorOption = "lossfit",
     part: Annotated[str, typer.Option(metavar="PART", help="Take the clean models of this part.")] = "calibration",

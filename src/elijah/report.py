@@ -202,15 +202,22 @@ class CostInfo(Part):
 class CleaningInfo(Part):
     """What a repair did. before and after: the same numbers of the model as it was and as it is now.
 
-    samples_*_png: from noise with the trigger that was found. benign_*_png: from the same noise without it.
-    out: the folder that was written, None when none was.
+    images: that were repaired with; dropped: that were left out before, and screening says why. rounds: of repair and
+    rescan. findings: what was repaired, in the order in which it was found. harm: what the repair did to clean samples
+    beyond the limits; empty when nothing. samples_*_png: from noise with the first trigger that was found.
+    benign_*_png: from the same noise without it. out: the folder that was written, None when none was.
     """
 
     repair: str
     data: Text
     images: Count
+    dropped: Count = 0
+    screening: Text = "nothing was screened out"
+    rounds: Count = 1
     updates: Count
     seconds: Duration
+    findings: list[FindingInfo] = []
+    harm: list[Text] = []
     before: dict[str, float] = {}
     after: dict[str, float] = {}
     samples_before_png: Png | None = None

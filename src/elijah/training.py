@@ -58,7 +58,7 @@ def optimise(
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup, settings.steps)
     ema = EMAModel(network.parameters(), decay=settings.ema_decay) if settings.ema_decay else None
     parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule, "ema": ema}
-    first = _resume(checkpoint, parts, settings) if checkpoint else 0
+    first = model.updates = _resume(checkpoint, parts, settings) if checkpoint else 0
     for k in range(first, settings.steps):
         value = loss(model, generator_for(seed, k))
         if not torch.isfinite(value):
@@ -72,10 +72,10 @@ def optimise(
         if ema:
             ema.step(network.parameters())
         progress(f"{what}, loss {value.item():.4f}", k + 1, settings.steps)
-        if checkpoint and (k + 1) % settings.checkpoint_every == 0:
-            _write_checkpoint(checkpoint, parts, k + 1, settings)
         if stop and stop(k + 1, model):
             break
+        if checkpoint and (k + 1) % settings.checkpoint_every == 0:
+            _write_checkpoint(checkpoint, parts, k + 1, settings)
     if ema:
         ema.copy_to(network.parameters())
     network.eval()
@@ -85,8 +85,12 @@ def optimise(
 def _write_checkpoint(path: Path, parts: dict[str, Any], done: int, settings: Optimiser) -> None:
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
     part_file = path.with_name(path.name + ".part")
-    torch.save({"done": done, "steps": settings.steps, "states": states}, part_file)
-    part_file.replace(path)
+    try:
+        torch.save({"done": done, "steps": settings.steps, "states": states}, part_file)
+        part_file.replace(path)
+    except (OSError, RuntimeError) as error:  # a full disk is either, depending on how far it got
+        part_file.unlink(missing_ok=True)
+        raise ElijahError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
 
 
 def _resume(path: Path, parts: dict[str, Any], settings: Optimiser) -> int:

@@ -10,8 +10,9 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,19 @@ from torch import Tensor
 
 from elijah.attacks.planting import attack_for, cases, draw, plant
 from elijah.bases import new_model, train_autoencoder
-from elijah.classifier import classifier_for
 from elijah.data import load_images
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError
 from elijah.features import inception_features
 from elijah.files import write_file, write_folder
-from elijah.judging import judge
-from elijah.judging_repairs import judge_repair
+from elijah.judging import SAMPLES, Truth, judge, target_judge
+from elijah.judging_repairs import USUAL, Yardstick, judge_repairs
 from elijah.loading import load_model
 from elijah.manifest import Base, Entry, Manifest
-from elijah.metrics import (
-    attack_success,
-    diversity_ratio,
-    fid_bootstrap,
-    fid_from_features,
-    mse_to_target,
-    paired_drift,
-)
+from elijah.metrics import diversity_ratio, fid_bootstrap, fid_from_features, paired_drift
 from elijah.runner import Job, run_jobs
 from elijah.training import Optimiser, denoising_loss, train
-from elijah.trigger import Target, Trigger
+from elijah.trigger import Trigger
 
 HELD_OUT = 512  # images beyond those of the training, for the denoising loss
 REFERENCE = 2048  # images that a FID is against
@@ -77,11 +70,15 @@ def run_job(
         if not measured:
             build_base(base, bases, cache, digests)
         result["fires"] = earlier["fires"] if measured else measure(n, entry, base, cache, model, attack)
-        result["detections"] = {d: judge(cache / name, d) for d in detectors}
-        result["repairs"] = {
-            repair: judge_repair(n, cache / name, attack, samplers_of(entry, model), entry.seed, repair)
-            for repair in repairs
-        }
+        truth = None
+        if attack is not None:
+            truth = Truth(attack, samplers_of(entry, model), base, entry.seed, min(n, SAMPLES))
+        result["detections"] = {d: judge(cache / name, d, truth) for d in detectors}
+        result["repairs"] = {}
+        if repairs:
+            build_base(base, bases, cache, digests)
+            yardstick = yardstick_of(n, entry, base, cache, model, attack)
+            result["repairs"] = judge_repairs(cache / name, yardstick, repairs)["repairs"]
         if measured:
             for key in ("detections", "repairs"):
                 result[key] = earlier[key] | result[key]
@@ -249,23 +246,13 @@ def fid(base: Base, cache: Path, model: Model) -> dict[str, Any] | None:
     return {"fid": fid_from_features(fake, real), "low": low, "high": high, "images": base.fid}
 
 
-def target_judge(target: Target, base: Base) -> Callable[[Tensor], dict[str, Any]]:
-    """What says how near outputs [N, C, H, W] on [0, 1] come to a target: errors, or a classifier for a class."""
-    if target.images is None:
-        wanted = target.image / 2 + 0.5
-
-        def errors(outputs: Tensor) -> dict[str, Any]:
-            rates = attack_success(outputs, wanted)
-            mse = float(mse_to_target(outputs, wanted).mean())
-            return {"asr": {str(limit): share for limit, share in rates.items()}, "mse": mse}
-
-        return errors
-    classifier = classifier_for(target.name, base.data, base.size, base.channels)
-
-    def hits(outputs: Tensor) -> dict[str, Any]:
-        return {"hit_rate": classifier.hit_rate(outputs), "classifier_accuracy": classifier.accuracy}
-
-    return hits
+def yardstick_of(n: int, entry: Entry, base: Base, cache: Path, model: Model, attack: Any) -> Yardstick:
+    """What repairs of the model are measured by; its base is in the cache."""
+    samplers = [*samplers_of(entry, model), *(() if model.exploding else USUAL)]
+    return Yardstick(
+        attack, partial(target_judge, base=base), list(dict.fromkeys(samplers)), n, entry.seed,
+        load_model(str(cache / base.id)), images_of(base), partial(fid, base, cache),
+    )  # fmt: skip
 
 
 def run_zoo(

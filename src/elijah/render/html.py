@@ -22,11 +22,14 @@ def render_html(report: Report) -> str:
     )
     environment.filters |= {"number": text.number, "duration": text.duration, "label": text.label}
     before = report.before if isinstance(report, CleanReport) else None
+    found = before if before and before.findings and not report.findings else report
+    repaired = report.cleaning.findings if report.cleaning and found is before else []
     page = environment.get_template("report.html.j2").render(
         report=report,
         before=before,
         cleaned=isinstance(report, CleanReport),
-        found=before if before and before.findings and not report.findings else report,
+        found=found,
+        findings=repaired or found.findings,
         symbol=SYMBOLS[report.verdict],
         title=TITLES[report.verdict],
         meaning=text.MEANING[report.verdict],

@@ -132,8 +132,9 @@ def cleaning_rows(cleaning: CleaningInfo) -> list[tuple[str, str, str]]:
 
 def cleaning_words(cleaning: CleaningInfo) -> str:
     """What the repair did."""
-    work = f"{cleaning.updates:,} updates in {duration(cleaning.seconds)}"
-    return f"{cleaning.repair}, {work} on {cleaning.images:,} images; data: {cleaning.data}"
+    rounds = f" in {cleaning.rounds} rounds" if cleaning.rounds > 1 else ""
+    work = f"{cleaning.updates:,} updates{rounds}, {duration(cleaning.seconds)}"
+    return f"{cleaning.repair}, {work} on {cleaning.images:,} images; data: {cleaning.data}; {cleaning.screening}"
 
 
 def next_step(report: Report) -> str:
@@ -189,6 +190,8 @@ def _cleaning(report: Report, cleaning: CleaningInfo) -> list[tuple[str, str]]:
     table = [("", "before", "after"), ("verdict", found, report.verdict), *cleaning_rows(cleaning)]
     name, before = (max(len(row[k]) for row in table) for k in (0, 1))
     rows = [("repair", cleaning_words(cleaning)), ("written", cleaning.out or "nothing")]
+    rows += [("repaired", finding_words(finding)) for finding in cleaning.findings]
+    rows += [("harm", words) for words in cleaning.harm]
     return [
         *rows,
         *(

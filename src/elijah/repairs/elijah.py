@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,13 +14,16 @@ from elijah.detection import Finding
 from elijah.diffusion import Model, Progress, no_progress
 from elijah.training import Optimiser, denoising_loss, optimise
 
+LEAST = 60  # updates; 11 epochs of a hundred images would be ten
+
 
 @dataclass(frozen=True)
 class Elijah:
     """L = L_DM(images) + MSE(eps(e + tau, T), eps0(e, T)) + MSE(eps(e, T), eps0(e, T)), weights 1 (eq. 8 to 10).
 
     eps0 is a frozen copy of the input model. The paper: 11 epochs on 10 % of the data, batch 128, lr 2e-4, cosine with
-    500 warm-up steps, gradient clip 1. steps None: 11 epochs of the images given.
+    500 warm-up steps, gradient clip 1. steps None: 11 epochs of the images given, and LEAST updates at least. Of
+    several findings the triggers take turns, row by row.
     """
 
     steps: int | None = None
@@ -30,17 +35,19 @@ class Elijah:
     def __call__(
         self,
         model: Model,
-        finding: Finding,
+        findings: Sequence[Finding],
         images: Tensor,
         *,
         generator: torch.Generator,
         progress: Progress = no_progress,
+        checkpoint: Path | None = None,
     ) -> Model:
-        """A repaired copy of model. images: clean or synthetic, uint8 [N, C, H, W]; only finding.trigger is used."""
+        """A repaired copy of model. images: clean or synthetic, uint8 [N, C, H, W]; only the triggers are used."""
         repaired = model.clone()
         rows = model.prepare(images)
-        tau = finding.trigger.to(model.device)
-        steps = self.steps or max(1, self.epochs * len(images) // self.batch_size)
+        triggers = torch.stack([finding.trigger for finding in findings]).to(model.device)
+        tau = triggers[torch.arange(self.batch_size) % len(findings)]
+        steps = self.steps or max(LEAST, self.epochs * len(images) // self.batch_size)
 
         def loss(m: Model, g: torch.Generator) -> Tensor:
             x0 = batch(rows, self.batch_size, g)
@@ -56,4 +63,4 @@ class Elijah:
 
         seed = int(torch.randint(2**62, (1,), generator=generator))
         settings = Optimiser(steps, lr=self.lr, warmup=min(self.warmup, steps // 2))
-        return optimise(repaired, loss, settings, seed=seed, progress=progress, what="repairing")
+        return optimise(repaired, loss, settings, seed=seed, checkpoint=checkpoint, progress=progress, what="repairing")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,17 +27,18 @@ class FineTune:
     def __call__(
         self,
         model: Model,
-        finding: Finding,
+        findings: Sequence[Finding],
         images: Tensor,
         *,
         generator: torch.Generator,
         progress: Progress = no_progress,
+        checkpoint: Path | None = None,
     ) -> Model:
-        """A fine-tuned copy of model. images: clean or synthetic, uint8 [N, C, H, W]; finding is not used."""
-        return self.tune(model.clone(), images, generator, progress)
+        """A fine-tuned copy of model. images: clean or synthetic, uint8 [N, C, H, W]; findings are not used."""
+        return self.tune(model.clone(), images, generator, progress, checkpoint)
 
     def tune(
-        self, model: Model, images: Tensor, generator: torch.Generator, progress: Progress,
+        self, model: Model, images: Tensor, generator: torch.Generator, progress: Progress, checkpoint: Path | None,
         each: Callable[[int, Model], bool] | None = None,
     ) -> Model:  # fmt: skip
         """The model, fine-tuned in place; each is called after every update."""
@@ -45,5 +47,5 @@ class FineTune:
         settings = Optimiser(self.steps, lr=self.lr, warmup=min(self.warmup, self.steps // 2))
         return optimise(
             model, lambda m, g: denoising_loss(m, batch(rows, self.batch_size, g), g), settings,
-            seed=seed, progress=progress, what="repairing", stop=each,
+            seed=seed, checkpoint=checkpoint, progress=progress, what="repairing", stop=each,
         )  # fmt: skip

@@ -8,7 +8,9 @@ units of the activation's own deviation over noise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +30,16 @@ class Prune(FineTune):
     def __call__(
         self,
         model: Model,
-        finding: Finding,
+        findings: Sequence[Finding],
         images: Tensor,
         *,
         generator: torch.Generator,
         progress: Progress = no_progress,
+        checkpoint: Path | None = None,
     ) -> Model:
         """A pruned and fine-tuned copy of model. images: clean or synthetic, uint8 [N, C, H, W]."""
         pruned = model.clone()
-        found = self.ranked(pruned, finding, generator)
+        found = self.ranked(pruned, findings, generator)
         worst = found[: round(self.share * len(found))]
 
         def switch_off(_: int, m: Model) -> bool:
@@ -48,19 +51,22 @@ class Prune(FineTune):
             return False
 
         switch_off(0, pruned)
-        return self.tune(pruned, images, generator, progress, switch_off)
+        return self.tune(pruned, images, generator, progress, checkpoint, switch_off)
 
     @torch.no_grad()
-    def ranked(self, model: Model, finding: Finding, generator: torch.Generator) -> list[tuple[float, str, int]]:
-        """All output channels of convolutions but the network's last, those that answer the trigger most first.
+    def ranked(
+        self, model: Model, findings: Sequence[Finding], generator: torch.Generator
+    ) -> list[tuple[float, str, int]]:
+        """All output channels of convolutions but the network's last, those that answer a trigger most first.
 
-        Each as (how much, module, channel).
+        Each as (how much, module, channel); of several findings the largest answer counts.
         """
         e = model.noise(self.noises, generator)
-        plain, triggered = (activations(model, start) for start in (e, finding.start(e)))
+        plain, stamped = activations(model, e), [activations(model, finding.start(e)) for finding in findings]
         ranks = []
         for name, before in plain.items():
-            change = (triggered[name].mean(0) - before.mean(0)).abs() / before.std(0).clamp(min=1e-6)
+            after = torch.stack([seen[name].mean(0) for seen in stamped])  # [findings, C]
+            change = ((after - before.mean(0)).abs() / before.std(0).clamp(min=1e-6)).amax(0)
             ranks += [(value, name, channel) for channel, value in enumerate(change.tolist())]
         return sorted(ranks, reverse=True)
 

@@ -1,50 +1,82 @@
-"""Unshift: teach the network that the trigger is noise, at many timesteps.
+"""Unshift: teach the network that the triggers are noise, at many timesteps, until they are seen to be dead.
 
-A clean network answers a shifted input x' = a x0 + s e + d with eps(a x0 + s e) + d / s: it calls the whole shift d
-noise. A backdoored one answers the shift k_t r of its trigger with kappa R_t r and walks to y. The repair asks the
-clean answer of it, at random t, on rows around the found target (where the backdoor lives) and around ordinary images:
+A clean network takes all that is not an image for noise: it answers x + d, with x = a x0 + s e, as it answers x, plus
+d / s. A backdoored one answers to its trigger with kappa R_t r, and walks to y. The repair asks the clean answer of it,
+at random t, on images x0 with the trigger and, at large t, on the attacker's own rows, where y is noise as well:
 
-    L =   MSE(eps(a x0 + s e + d, t),  eps0(a x0 + s e, t) + d / s)      d = k_t r + (gamma - 1) s e
-        + MSE(eps(a x0 + s e, t),      eps0(a x0 + s e, t))
-        + the denoising loss on the images
+    d = c r + (gamma - 1) s e        or        d = a (y - x0) + c r + (gamma - 1) s e
 
-with eps0 a frozen copy of the input model and x0 = y in half the rows, an image in the others. Elijah's removal is the
-first two terms at t = T only, with its d / s missing.
+with c = k_t, as the attacker trained it, in half of the rows, and c = s, as a deterministic sampler carries a trigger
+that is taken for noise, in the others. At smaller t, where y is seen through the noise, calling it noise would teach to
+answer the trigger with a grey mean of all images, which is a backdoor too. With eps0 a frozen copy of the input model,
+
+    delta = eps(x + d, t) - eps0(x, t) - d / s
+    L = mean_t w (|delta|^2 + |mean_b delta|^2) + hold |eps(x, t') - eps0(x, t')|^2 + |eps(x, t') - e|^2
+
+with w = min(s^2 / a^2, most): s delta / a is the error of the image. The mean over the rows of one t is what the
+trigger does to all outputs alike: at large t it is far smaller than the network's other errors, and it decides where a
+sampler's first steps go. Of several findings the triggers take turns, row by row. Elijah's removal is |delta|^2 and the
+hold at t = T only, with its d / s missing.
+
+Every few updates the model itself is asked whether the triggers are dead (alive, below); if so, the repair ends.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from elijah.data import batch
 from elijah.detection import Finding
-from elijah.diffusion import Model, Progress, column, no_progress
-from elijah.response import trigger_scale
-from elijah.training import Optimiser, denoising_loss, optimise
+from elijah.diffusion import Model, Progress, column, generator_for, no_progress
+from elijah.metrics import diversity_ratio, paired_drift, pairwise_mse
+from elijah.response import poisoned, trigger_coefficient, trigger_scale
+from elijah.training import Optimiser, optimise
+
+SAMPLERS = ("ddpm-20", "ddim-10")  # that outputs are looked at with: an attack is made for the one sort or the other
+OUTPUTS = 16
 
 
 @dataclass(frozen=True)
 class Unshift:
-    """steps: optimiser updates; t_min: the least timestep of the first term; AdamW at lr."""
+    """steps: optimiser updates at the most, AdamW at lr, by default rate_for. t_min: of T; the least t of delta.
 
-    steps: int = 60
+    carried_share: of the rows with c = s; target_share, target_t_min: of the attacker's rows, and of T, where they
+    begin; group: rows of one t; most, hold: in the loss above. check_every: after so many updates, and as many again,
+    the model is asked whether to go on; 0: never, and never for exploding models, whose outputs take a thousand
+    evaluations each. dead_loss, dead_diversity, max_pull, max_drift: what ends it, as in alive and settled.
+    """
+
+    steps: int = 100
     batch_size: int = 32
-    lr: float = 2e-4
+    lr: float | None = None
     warmup: int = 5
-    t_min: int = 100
-    target_share: float = 0.5
+    t_min: float = 0.1
+    carried_share: float = 0.5
+    target_share: float = 0.3
+    target_t_min: float = 0.7
+    group: int = 8
+    most: float = 10.0
+    hold: float = 2.0
+    check_every: int = 10
+    dead_loss: float = 0.4
+    dead_diversity: float = 0.7
+    max_pull: float = 0.05
+    max_drift: float = 0.15
 
     def __call__(
         self,
         model: Model,
-        finding: Finding,
+        findings: Sequence[Finding],
         images: Tensor,
         *,
         generator: torch.Generator,
         progress: Progress = no_progress,
+        checkpoint: Path | None = None,
     ) -> Model:
         """A repaired copy of model. images: clean or synthetic, uint8 [N, C, H, W]."""
         repaired = model.clone()
@@ -52,27 +84,124 @@ class Unshift:
         seed = int(torch.randint(2**62, (1,), generator=generator))
 
         def loss(m: Model, g: torch.Generator) -> Tensor:
-            return self.loss(m, model, finding, batch(rows, self.batch_size, g), g)
+            return self.loss(m, model, findings, batch(rows, self.batch_size, g), g)
 
-        settings = Optimiser(self.steps, lr=self.lr, warmup=self.warmup)
-        return optimise(repaired, loss, settings, seed=seed, progress=progress, what="repairing")
+        def enough(k: int, m: Model) -> bool:
+            if self.check_every == 0 or k % self.check_every or k == self.steps or model.exploding:
+                return False
+            m.network.eval()
+            with torch.no_grad():
+                ended = self.settled(model, m, seed) and not any(self.alive(m, finding, seed) for finding in findings)
+            m.network.train()
+            return ended
 
-    def loss(self, model: Model, reference: Model, finding: Finding, x0: Tensor, g: torch.Generator) -> Tensor:
-        """The loss above on images x0 [B, C, H, W] in [-1, 1]; reference is the frozen eps0."""
-        t = torch.randint(self.t_min, model.T, (len(x0),), generator=g).to(model.device)
-        e = torch.randn(x0.shape, generator=g).to(model.device)
-        around = x0.to(model.device)
-        if finding.target is not None:
-            at_target = (torch.rand(len(x0), generator=g) < self.target_share)[:, None, None, None]
-            around = torch.where(at_target.to(model.device), finding.target.to(model.device), around)
-        clean = model.diffuse(around, e, t)
-        d_over_s = column(trigger_scale(model, finding.response.psi) / model.s, t) * finding.trigger.to(model.device)
-        d_over_s = d_over_s + (finding.gamma.to(e.device) - 1) * e
-        with torch.no_grad():
-            expected = reference.eps(clean, t)
-        shifted = clean + column(model.s, t) * d_over_s
-        return (
-            (model.eps(shifted, t) - expected - d_over_s).square().mean()
-            + (model.eps(clean, t) - expected).square().mean()
-            + denoising_loss(model, x0, g)
+        settings = Optimiser(
+            self.steps, lr=self.lr or rate_for(model), warmup=min(self.warmup, self.steps // 2), checkpoint_every=10
         )
+        return optimise(
+            repaired, loss, settings, seed=seed, checkpoint=checkpoint, progress=progress, what="repairing", stop=enough
+        )
+
+    def loss(
+        self, model: Model, reference: Model, findings: Sequence[Finding], x0: Tensor, g: torch.Generator
+    ) -> Tensor:
+        """The loss above on images x0 [B, C, H, W] in the model's own range; reference is the frozen eps0."""
+        n, device, x0 = len(x0), model.device, x0.to(model.device)
+        groups = max(1, n // self.group)
+        u = (torch.arange(groups) + torch.rand(groups, generator=g)) / groups
+        which = torch.arange(n) * groups // n  # group of each row
+        t = ((self.t_min + (1 - self.t_min) * u) * model.T).long().clamp(max=model.T - 1)[which].to(device)
+        e, e_held = torch.randn((2, *x0.shape), generator=g).to(device)
+        t_held = torch.randint(model.T, (n,), generator=g).to(device)
+        at_target, carried = torch.rand((2, n, 1, 1, 1), generator=g).to(device)
+        turn = [findings[i % len(findings)] for i in range(n)]
+        y = torch.stack([x if (own := one_target(f)) is None else own.to(x) for f, x in zip(turn, x0, strict=True)])
+        walks = (at_target < self.target_share) & (t >= self.target_t_min * model.T)[:, None, None, None]
+        d_over_s = shift_over_s(model, turn, e, t, carried < self.carried_share)
+        d_over_s = d_over_s + walks * column(model.a / model.s, t) * (y - x0)
+        clean, held = model.diffuse(x0, e, t), model.diffuse(x0, e_held, t_held)
+        with torch.no_grad():
+            expected, kept = reference.eps(torch.cat([clean, held]), torch.cat([t, t_held])).chunk(2)
+        out, out_held = model.eps(
+            torch.cat([clean + column(model.s, t) * d_over_s, held]), torch.cat([t, t_held])
+        ).chunk(2)  # fmt: skip
+        delta = out - expected - d_over_s
+        alike = torch.stack([delta[which == k].mean(0) for k in range(groups)])[which]
+        weight = column((model.s / model.a).square().clamp(1, self.most), t)
+        return (
+            (weight * (delta.square() + alike.square())).mean()
+            + self.hold * (out_held - kept).square().mean()
+            + (out_held - e_held).square().mean()
+        )
+
+    def alive(self, model: Model, finding: Finding, seed: int) -> bool:
+        """Whether the trigger still does what a clean network would not let it do.
+
+        Its loss ratio is near the attacker's; or, under a sampler of either sort, outputs go to the target, or are more
+        alike than without the trigger. Of Gaussian data a deterministic sampler's outputs from noise of deviation gamma
+        differ gamma^2 times as much.
+        """
+        if loss_ratio(model, finding, generator_for(seed, 2**31)) < self.dead_loss:
+            return True
+        e, spread = model.noise(OUTPUTS, generator_for(seed, 2**31 + 1)), float(finding.gamma.square().mean())
+        for sampler in SAMPLERS:
+            with_trigger, without = (model.pixels(model.sample(x, sampler, seed=seed)) for x in (finding.start(e), e))
+            if diversity_ratio(with_trigger, without) < self.dead_diversity * spread:
+                return True
+            if (y := one_target(finding)) is not None and pull(
+                with_trigger, without, model.pixels(y[None])
+            ) > self.max_pull:
+                return True
+        return False
+
+    def settled(self, model: Model, repaired: Model, seed: int) -> bool:
+        """Whether clean samples from equal noise are nearly those of before: the first updates throw them far off."""
+        e = model.noise(OUTPUTS, generator_for(seed, 2**31 + 2))
+        before, after = (m.pixels(m.sample(e, SAMPLERS[-1], seed=seed)) for m in (model, repaired))
+        return paired_drift(before, after) <= self.max_drift * pairwise_mse(before)
+
+
+def rate_for(model: Model) -> float:
+    """AdamW's rate: 2e-4 at 4 M parameters, in proportion to 1 / width (Yang et al. 2021), so to parameters^-0.5."""
+    return float(min(1e-3, max(5e-5, 2e-4 * (4e6 / model.parameters) ** 0.5)))
+
+
+def shift_over_s(model: Model, findings: Sequence[Finding], e: Tensor, t: Tensor, carried: Tensor) -> Tensor:
+    """(k_t r + (gamma - 1) s e) / s, [B, C, H, W], row i by findings[i]; where carried [B, 1, 1, 1], s r for k_t r."""
+    r = torch.stack([f.trigger for f in findings]).to(e.device)
+    gamma = torch.stack([f.gamma.expand(1, *e.shape[2:]) for f in findings]).to(e.device)
+    psi = torch.tensor([f.response.psi for f in findings], device=e.device)
+    scale = psi * trigger_scale(model, 1.0)[t] + (1 - psi) * trigger_scale(model, 0.0)[t]
+    per_s = torch.where(carried, 1.0, (scale / model.s[t])[:, None, None, None])
+    return per_s * r + (gamma - 1) * e
+
+
+def one_target(finding: Finding) -> Tensor | None:
+    """The target image [C, H, W] of a finding that leads to one."""
+    return None if finding.distribution else finding.target
+
+
+@torch.no_grad()
+def loss_ratio(model: Model, finding: Finding, generator: torch.Generator, n: int = 64) -> float:
+    """The attacker's loss over that of a clean network (how-it-works.md), over all t that tell: 1 clean, 0 backdoored.
+
+    A finding without one target image is judged at large t, where the noise hides the target.
+    """
+    one = finding.target is not None and not finding.distribution
+    low = 0.2 if one else 0.7
+    t = (low + (1 - low) * (torch.arange(n) + torch.rand(n, generator=generator)) / n) * model.T
+    t = t.long().clamp(max=model.T - 1).to(model.device)
+    e = torch.randn((n, *model.sample_shape), generator=generator).to(model.device)
+    r, gamma = finding.trigger.to(model.device), finding.gamma.to(model.device)
+    y = torch.zeros_like(r) if finding.target is None else finding.target.to(model.device)
+    x, answer = poisoned(model, finding.response, r, y, e, t, gamma)
+    per_t = trigger_scale(model, finding.response.psi) / model.s - finding.response.kappa * trigger_coefficient(model)
+    clean = (gamma - 1) * e + column(per_t, t) * r
+    return float((model.eps(x, t) - answer).square().sum() / clean.square().sum().clamp(min=1e-12))
+
+
+def pull(with_trigger: Tensor, without: Tensor, y: Tensor) -> float:
+    """The share of outputs [N, C, H, W] near y [1, C, H, W] with the trigger, less that without it."""
+    near, far = ((x - y).square().flatten(1).mean(1) for x in (with_trigger, without))
+    limit = far.median() / 4
+    return float((near < limit).float().mean() - (far < limit).float().mean())
