@@ -125,7 +125,7 @@ def test_exit_codes(work: str, arguments: str, code: int, message: str) -> None:
         "scan M --batch-size 0",
         "scan M --max-minutes nan",
         "scan M --exit-zero --unknown",
-        "scan M --false-positive-rate 0.1",
+        "scan M --calibration none --false-positive-rate 0.1",
         "calibrate R",
         "calibrate R -o C.json --false-positive-rate 0.1",
         "clean M",

@@ -345,7 +345,8 @@ def command(report: Report) -> str:
     if model.revision:
         words += ["--revision", model.revision]
     if report.calibration is not None and not isinstance(report, CleanReport):
-        words += ["--calibration", f"{report.calibration.id}.json"]
+        name = report.calibration.id
+        words += ["--calibration", "builtin" if name == settings.get("detector") else f"{name}.json"]
         words += ["--false-positive-rate", str(report.false_positive_rate)]
     return shlex.join([*words, "--seed", str(report.seed)])
 
