@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import oracle
 
-from elijah.detectors.hypothesis import FAMILIES, clean_answer
-from elijah.diffusion import Model, generator_for
+from elijah.detectors.hypothesis import FAMILIES, visible
+from elijah.diffusion import Model, column, generator_for
 from elijah.response import Response, poisoned, trigger_coefficient, trigger_scale
 
 RESPONSES = {f.name: f.response for f in FAMILIES}
@@ -57,12 +57,12 @@ def test_poisoned_rows(name: str, kappa: int) -> None:
 
 @pytest.mark.parametrize("name", RESPONSES)
 def test_the_attack_s_null_is_what_a_clean_network_misses(name: str) -> None:
-    """For data at one point (s0 = 0) a clean network knows e: its error is clean_answer exactly."""
+    """For data at one point (s0 = 0) a clean network knows e: its error is (gamma - 1) e + visible_t r exactly."""
     point = oracle((1, 4, 4), s0=0.0)
     response = Response(RESPONSES[name].kappa, RESPONSES[name].psi, 0.7 if name == "zero" else 1.0)
     r, e, t = some(4), some(5), torch.tensor([200, 600, 999])
     x, answer = poisoned(point, response, r, point.network.m, e, t)  # type: ignore[arg-type]
-    null = clean_answer(point, response, r, torch.tensor(response.gamma), e, t)
+    null = (response.gamma - 1) * e + column(visible(point, response), t) * r
     torch.testing.assert_close(point.eps(x, t) - answer, null, rtol=1e-4, atol=1e-4)
 
 
