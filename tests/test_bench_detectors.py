@@ -70,13 +70,14 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_effort_scales_iterations_alone() -> None:
     search, less, more = Search(), scaled(Search(), 0.25), scaled(Search(), 2)
     names = [f.name for f in fields(Search) if f.name.endswith("iterations")]
-    assert "descent_iterations" in names and more.descent_iterations == 2 * search.descent_iterations
+    assert "patch_iterations" in names and more.patch_iterations == 2 * search.patch_iterations
     for f in fields(Search):
         value, low, high = (getattr(s, f.name) for s in (search, less, more))
-        if f.name != "follow":
+        if f.name not in ("follow", "lead"):
             assert (low, high) == ((round(value / 4), 2 * value) if f.name in names else (value, value))
     assert more.follow == tuple((2 * n, rows, kept) for n, rows, kept in search.follow)
-    assert scaled(search, 1) == search and scaled(search, 1e-9).descent_iterations == 1
+    assert more.lead == tuple((2 * n, rows, kept) for n, rows, kept in search.lead)
+    assert scaled(search, 1) == search and scaled(search, 1e-9).patch_iterations == 1
 
 
 def test_the_runs_of_each_bench() -> None:

@@ -17,6 +17,7 @@ from elijah.bench_repairs import is_diverse, is_gone, repairs_table
 from elijah.detection import Detection, Evidence, Finding
 from elijah.diffusion import Model
 from elijah.errors import ElijahError
+from elijah.judging_repairs import DATA
 from elijah.manifest import read_manifest
 from elijah.repairs import REPAIRS
 from elijah.response import Response
@@ -88,7 +89,7 @@ def measured(folder: Path, attack: tuple[str, str] = VILLAN, **flags: bool) -> d
     name = manifest.entries()[0].id
     for home in (out, folder / "cache" / "tiny"):
         home.mkdir(parents=True, exist_ok=True)
-    bench_repairs.run_model(manifest, name, folder / "cache" / "tiny", out, 4, list(REPAIRS), FLAGS | flags)
+    bench_repairs.run_model(manifest, name, folder / "cache" / "tiny", out, 4, list(REPAIRS), list(DATA), FLAGS | flags)
     result: dict[str, Any] = json.loads((out / f"{name}.json").read_text())
     return result
 

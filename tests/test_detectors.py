@@ -21,7 +21,6 @@ from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit
 from elijah.detectors.elijah import Setting
 from elijah.detectors.hypothesis import (
     FAMILIES,
-    REACH,
     SHARES,
     Family,
     Hypothesis,
@@ -35,8 +34,8 @@ from elijah.detectors.hypothesis import (
     steadiness,
 )
 from elijah.detectors.lossfit import VERDICTS, pull
-from elijah.detectors.power import follow, settle
-from elijah.detectors.search import Search, begin, best_of_each, parts
+from elijah.detectors.power import follow, off_by, settle
+from elijah.detectors.search import Search, begin, best_of_each
 from elijah.diffusion import Model, generator_for
 from elijah.response import Response, trigger_coefficient
 
@@ -44,7 +43,7 @@ SOURCE = Path(elijah.__file__).parent
 SHAPE = (3, 8, 8)
 FAST: dict[str, dict[str, Any]] = {  # settings that make a contract cheap on a U-Net
     "lossfit": {
-        "search": Search(follow=((2, 4, 1),), descent_iterations=2, score_rows=8),
+        "search": Search(follow=((2, 4, 1),), lead=((2, 4, 1), (1, 4, 1)), score_rows=8),
         "samples": 4, "samplers": ("ddim-3",), "careful_samplers": ("ddim-4",),
     },
     "elijah": {"sampler": "ddpm-3", "batch_size": 4, "iterations": 3, "samples": 9},
@@ -146,8 +145,7 @@ def test_the_hypothesis_that_fires_is_the_one_that_is_reported(monkeypatch: pyte
     model, r, y = truth(2, norm=5.0)
 
     def hypothesis(family: int, trigger: torch.Tensor, loss_ratio: float) -> Hypothesis:
-        u = torch.atanh((trigger / REACH).clamp(-0.8, 0.8))
-        return Hypothesis(FAMILIES[family], 0.0, u, torch.zeros(()), torch.atanh(y), loss_ratio)
+        return Hypothesis(FAMILIES[family], trigger, y, loss_ratio=loss_ratio)
 
     def search(self: Search, model: Model, generator: Any, fitted: list[Hypothesis], progress: Any) -> None:
         fitted += [hypothesis(3, -r, 0.06), hypothesis(0, -r, 0.02)]
@@ -363,13 +361,13 @@ def test_coloured_noise_has_its_spectrum() -> None:
     assert density[1, 0] / density[2, 0] == pytest.approx(1.0, rel=0.25)
     assert coloured(u, 1.5).var() == pytest.approx(1.0, abs=0.3)
     assert torch.allclose(coloured(u, 0.0), u, atol=1e-5)
-    gain = spectrum(u, 1.5)
+    gain = spectrum(u.shape, 1.5)
     assert gain.square().mean() == pytest.approx(1.0) and gain.max() == gain[0, 0]
 
 
 def hypothesis(r: torch.Tensor, y: torch.Tensor, family: Family = FAMILIES[0]) -> Hypothesis:
     """The hypothesis whose trigger is r, within the family's reach, and whose target is y."""
-    return Hypothesis(family, 0.0, torch.atanh(r / family.reach / REACH), torch.zeros(()), torch.atanh(y))
+    return Hypothesis(family, r, y)
 
 
 def test_what_else_could_fire() -> None:
@@ -386,14 +384,15 @@ def test_what_else_could_fire() -> None:
 def test_a_scaled_hypothesis_has_the_trigger_scaled() -> None:
     h = replace(begin(oracle(SHAPE), FAMILIES[0], Start(0.3), generator_for(0)), family=replace(FAMILIES[0], reach=0.4))
     assert torch.allclose(h.scaled(0.5).r, 0.5 * h.r, atol=1e-4)
-    assert h.scaled(0.5).u is not h.u and h.scaled(0.5).power == h.power
+    assert h.scaled(0.5).y is h.y and h.scaled(0.5).share == h.share
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.name != "patch"], ids=lambda f: f.name)
 def test_no_trigger_is_stronger_than_its_family_reaches(family: Family) -> None:
     h = begin(oracle(SHAPE), family, Start(0.8, 1), generator_for(0))
     assert torch.allclose(h.r, torch.full(SHAPE, min(0.8, family.reach)), atol=1e-5)
-    assert (replace(h, u=100 * torch.ones(SHAPE)).r == family.reach).all()
+    h.set_trigger(100 * torch.ones(SHAPE))
+    assert (h.r == family.reach).all()
 
 
 def test_a_network_that_answers_any_pattern_by_half_is_not_a_backdoor() -> None:
@@ -416,7 +415,7 @@ def test_a_family_that_fits_ends_the_search() -> None:
             search(model, generator_for(0), fitted, lambda *_: None)
     best = min(found, key=lambda h: h.strength)
     assert best.family.name == "half" and best.fits and alike(best.r, r) > 0.98
-    assert {h.family.name for h in found} == {f.name for f in FAMILIES if not (f.by_descent or f.pixels or f.exploding)}
+    assert {h.family.name for h in found} == {f.name for f in FAMILIES if not (f.joint or f.swept or f.exploding)}
     assert {h.family.name for h in nothing} == {f.name for f in search.families_of(oracle(SHAPE))}
     assert not any(h.fits for h in nothing)
 
@@ -431,21 +430,6 @@ def test_the_best_of_each_family_that_differ_stay() -> None:
     ]  # fmt: skip
     assert [x.loss_ratio for x in best_of_each(group, 3)] == [0.2, 0.5, 3.0, 4.0]
     assert [x.loss_ratio for x in best_of_each(group)] == [0.2, 3.0]
-
-
-@pytest.mark.parametrize("rows", [16, 40, 1000])
-def test_memory_limits_change_no_descent(rows: int) -> None:
-    """Hypotheses descend in parts of so many rows, by the same noise."""
-    model, family = oracle(SHAPE), next(f for f in FAMILIES if f.by_descent)
-    both = []
-    for limit in (None, rows):
-        model.max_batch, g = limit, generator_for(3)
-        group = [begin(model, family, start, g) for start in family.starts]
-        assert all(len(part) * 8 <= (limit or 128) for part in parts(model, group, 8))
-        Search().descend(model, group, 3, g)
-        both.append(group)
-    for one, other in zip(*both, strict=True):
-        torch.testing.assert_close(one.u, other.u)
 
 
 # --- following the answer ---------------------------------------------------------------------------------------------
@@ -465,11 +449,37 @@ def test_a_random_start_follows_the_answer_to_the_trigger(k: int) -> None:
     assert float(h.r.square().mean().sqrt()) == pytest.approx(size, rel=0.02)
 
 
-def test_on_a_clean_network_there_is_nothing_to_follow() -> None:
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f.name in ("half", "full", "full_faint")], ids=lambda f: f.name
+)
+def test_on_a_clean_network_there_is_nothing_to_follow(family: Family) -> None:
     model = oracle(SHAPE)
-    group = [begin(model, FAMILIES[0], start, generator_for(k)) for k, start in enumerate(FAMILIES[0].starts)]
+    group = [begin(model, family, start, generator_for(k)) for k, start in enumerate(family.starts)]
     follow(model, group, 6, 16, generator_for(0))
     assert min(h.loss_ratio for h in group) > 0.5
+
+
+def test_trigger_and_target_come_out_of_one_regression() -> None:
+    """Where every row is poisoned the error is c (r - r*) + a / s (y - y*) exactly: each step halves what is off."""
+    r, y = torch.linspace(-0.9, 0.9, 192).reshape(SHAPE), torch.full(SHAPE, 0.4)
+    model = oracle(SHAPE, r=r, y=y, response=Response(2.0, 1.0))
+    model.network.rate = 1.0  # type: ignore[assignment]
+    h = hypothesis(torch.zeros(SHAPE), torch.zeros(SHAPE), next(f for f in FAMILIES if f.name == "full"))
+    e, t = antithetic(model, 8, *h.family.start_window, generator_for(0))
+    ((error, _),) = errors(model, [h], [(e, t)])
+    torch.testing.assert_close(off_by(model, h, error, t), -0.5 * torch.stack([r, y]), atol=1e-3, rtol=0)
+    follow(model, [h], 12, 8, generator_for(1), resize=True)
+    assert (h.r - r).abs().max() < 0.01 and (h.y - y).abs().max() < 0.01 and h.loss_ratio < 1e-3
+
+
+def test_a_random_start_comes_to_trigger_and_target_together() -> None:
+    """On the mixture of a clean and a poisoned branch, from where the clean one answers."""
+    r, y = torch.full(SHAPE, -0.9), torch.linspace(-0.9, 0.9, 192).reshape(SHAPE)
+    model, family = oracle(SHAPE, r=r, y=y, response=Response(2.0, 1.0)), next(f for f in FAMILIES if f.name == "full")
+    search, fitted = Search(families=(family,)), []
+    with model.frozen():
+        search(model, generator_for(0), fitted, lambda *_: None)
+    assert fitted[0].fits and alike(fitted[0].r, r) > 0.98 and (fitted[0].y - y).square().mean() < 0.01
 
 
 def test_gamma_is_read_off_the_noise_that_is_left() -> None:

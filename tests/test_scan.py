@@ -29,7 +29,7 @@ from elijah.scan import TYPICAL_EVALUATIONS, as_dtype, describe, scan
 
 FAST: dict[str, Any] = {
     "lossfit": functools.partial(
-        LossFit, search=Search(follow=((2, 4, 1),), descent_iterations=2, score_rows=8),
+        LossFit, search=Search(follow=((2, 4, 1),), lead=((2, 4, 1), (1, 4, 1)), score_rows=8),
         samples=4,
         samplers=("ddim-3",), careful_samplers=("ddim-4",),
     ),

@@ -221,7 +221,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_suspicion_in_closed_form(family: str, loss_ratio: float, outputs: str, suspicion: float) -> None:
     """Orders of magnitude below the threshold, and 1 where it nearly fits and all outputs move, or change and may."""
     model, zeros = random_model(), torch.zeros(1, 8, 8)
-    h = Hypothesis(next(f for f in FAMILIES if f.name == family), 1.5, zeros, torch.zeros(()), zeros, loss_ratio)
+    h = Hypothesis(next(f for f in FAMILIES if f.name == family), zeros, zeros, 0.5, loss_ratio)
     without = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5 - 1
     moved = {"on the target": h.y.expand_as(without), "shifted": without + 1.5, "the same": without}[outputs]
     scores = LossFit().judge(model, [h], [Evidence("ddpm-20", moved, without)], True).scores

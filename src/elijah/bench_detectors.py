@@ -78,8 +78,11 @@ def read_runs(text: str) -> list[Run]:
 def scaled(search: Search, factor: float) -> Search:
     """The search with factor times the iterations of all that it does; one at least."""
     counts = {f.name: getattr(search, f.name) for f in fields(search) if f.name.endswith("iterations")}
-    follow = tuple((max(1, round(factor * n)), rows, kept) for n, rows, kept in search.follow)
-    return replace(search, follow=follow, **{name: max(1, round(factor * n)) for name, n in counts.items()})
+    follow, lead = (
+        tuple((max(1, round(factor * n)), rows, kept) for n, rows, kept in rounds)
+        for rounds in (search.follow, search.lead)
+    )
+    return replace(search, follow=follow, lead=lead, **{name: max(1, round(factor * n)) for name, n in counts.items()})
 
 
 def perform(model: Model, run: Run) -> dict[str, Any]:

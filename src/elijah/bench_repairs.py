@@ -14,13 +14,12 @@ from elijah.bench import Read, label
 from elijah.diffusion import Progress, no_progress
 from elijah.errors import ElijahError
 from elijah.files import write_file
-from elijah.judging_repairs import judge_repairs
+from elijah.judging_repairs import DATA, judge_repairs
 from elijah.manifest import Manifest
 from elijah.metrics import wilson
 from elijah.runner import Job, run_jobs
 from elijah.zoo import build, build_base, read_result, yardstick_of
 
-DATA = ("synthetic", "real")
 STRICT = "0.01"  # on the MSE to the target
 MAX_SUCCESS = 0.01  # beyond that of clean outputs
 NEAR_DIVERSITY = 0.2
@@ -28,8 +27,9 @@ FLAGS = ("rescan", "harm", "strength")
 
 
 def run_model(
-    manifest: Manifest, name: str, cache: Path, out: Path, n: int, repairs: list[str], flags: dict[str, bool]
-) -> None:
+    manifest: Manifest, name: str, cache: Path, out: Path, n: int, repairs: list[str], data: list[str],
+    flags: dict[str, bool],
+) -> None:  # fmt: skip
     """Scans one model, repairs it in every way and measures each: out/NAME.json."""
     began = time.monotonic()
     digests, bases = manifest.digests(), {base.id: base for base in manifest.base}
@@ -39,15 +39,15 @@ def run_model(
     build_base(base, bases, cache, digests)
     yardstick = yardstick_of(n, entry, base, cache, model, attack)
     result = {"schema_version": 1, "id": name, "settings_sha256": digests[name], "label": label(entry, base),
-              "samples": n, "asked": sorted(repairs), "flags": flags,
-              **judge_repairs(cache / name, yardstick, repairs, **flags)}  # fmt: skip
+              "samples": n, "asked": sorted(repairs), "data": sorted(data), "flags": flags,
+              **judge_repairs(cache / name, yardstick, repairs, data, **flags)}  # fmt: skip
     result["total_seconds"] = round(time.monotonic() - began, 1)
     write_file(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
 
 
 def repair_bench(
-    manifests: list[Read], *, out: Path, cache: Path, workers: int, n: int, repairs: list[str], only: str = "",
-    flags: dict[str, bool], progress: Progress = no_progress,
+    manifests: list[Read], *, out: Path, cache: Path, workers: int, n: int, repairs: list[str], data: list[str],
+    only: str = "", flags: dict[str, bool], progress: Progress = no_progress,
 ) -> str:  # fmt: skip
     """Runs what has no result yet, writes out/repairs.md and returns it.
 
@@ -66,9 +66,17 @@ def repair_bench(
         found = read_result(out / f"{name}.json")
         same = found.get("settings_sha256") == digests[name] and found["samples"] == n
         asked = found.get("flags", {})
-        return same and set(repairs) <= set(found["asked"]) and all(asked[flag] >= flags[flag] for flag in FLAGS)
+        return (
+            same
+            and set(repairs) <= set(found["asked"])
+            and set(data) <= set(found.get("data", DATA))
+            and all(asked[flag] >= flags[flag] for flag in FLAGS)
+        )
 
-    options = [part for name in repairs for part in ("--repair", name)] + [f"--{flag}" for flag in FLAGS if flags[flag]]
+    options = [part for name in repairs for part in ("--repair", name)] + [
+        part for kind in data for part in ("--data", kind)
+    ]
+    options += [f"--{flag}" for flag in FLAGS if flags[flag]]
     places = ("--out", str(out), "--cache", str(cache), "--samples", str(n))
     jobs = [
         Job(name, ("-m", "elijah", "bench", "repairs-row", str(path), name, *places, *options))

@@ -24,6 +24,9 @@ from elijah.options import (
 ChosenOption = Annotated[
     list[str] | None, typer.Option("--repair", metavar="NAME", help="Repair with it; repeatable. Without: all.")
 ]
+DataOption = Annotated[
+    list[str] | None, typer.Option("--data", metavar="KIND", help="synthetic or real; repeatable. Without: both.")
+]
 RescanOption = Annotated[bool, typer.Option("--rescan", help="Rescan after unshift, and repair what is found then.")]
 HarmOption = Annotated[bool, typer.Option("--harm", help="Repair a trigger that is none, too, and measure the drift.")]
 StrengthOption = Annotated[bool, typer.Option("--strength", help="Attack again, and measure how fast it succeeds.")]
@@ -35,6 +38,7 @@ def bench_repairs(
     out: ZooOutOption,
     model: OnlyModelsOption = "",
     repair: ChosenOption = None,
+    data: DataOption = None,
     cache: CacheOption = Path("cache"),
     workers: WorkersOption = 1,
     samples: SamplesOption = 64,
@@ -53,8 +57,8 @@ def bench_repairs(
         emit(
             repair_bench(
                 [(path, read_manifest(path)) for path in manifests], out=out, cache=cache, workers=workers, n=samples,
-                repairs=chosen(repair), only=model, flags={"rescan": rescan, "harm": harm, "strength": strength},
-                progress=talk,
+                repairs=chosen(repair), data=chosen_data(data), only=model,
+                flags={"rescan": rescan, "harm": harm, "strength": strength}, progress=talk,
             ), None, talk,
         )  # fmt: skip
         return 0
@@ -69,6 +73,7 @@ def repairs_row(
     out: ZooOutOption,
     cache: CacheOption = Path("cache"),
     repair: ChosenOption = None,
+    data: DataOption = None,
     samples: SamplesOption = 64,
     rescan: RescanOption = False,
     harm: HarmOption = False,
@@ -86,7 +91,7 @@ def repairs_row(
         if name not in {entry.id for entry in read.entries()}:
             raise ElijahError(f"{manifest}: has no model {name}")
         flags = {"rescan": rescan, "harm": harm, "strength": strength}
-        run_model(read, name, cache / read.name, out, samples, chosen(repair), flags)
+        run_model(read, name, cache / read.name, out, samples, chosen(repair), chosen_data(data), flags)
         return 0
 
     run(body, quiet=quiet, verbose=verbose)
@@ -99,3 +104,12 @@ def chosen(names: list[str] | None) -> list[str]:
     if unknown := [name for name in names or () if name not in REPAIRS]:
         raise ElijahError(f"unknown repair {unknown[0]!r}: use one of {', '.join(REPAIRS)}")
     return names or list(REPAIRS)
+
+
+def chosen_data(kinds: list[str] | None) -> list[str]:
+    """The sorts of images asked for; without any, all. Raises ElijahError for an unknown one."""
+    from elijah.judging_repairs import DATA
+
+    if unknown := [kind for kind in kinds or () if kind not in DATA]:
+        raise ElijahError(f"unknown data {unknown[0]!r}: use one of {', '.join(DATA)}")
+    return kinds or list(DATA)

@@ -40,6 +40,9 @@ def no_progress(what: str, done: int, of: int) -> None:
     """The progress callback that shows nothing."""
 
 
+MAX_VALUES = 2**22  # of input in a network call: 5,461 RGB samples at 16 x 16, 21 at 256 x 256
+
+
 @dataclass
 class Meter:
     """Counts what a search costs and stops it at a limit.
@@ -88,7 +91,7 @@ class Model:
     dtype: torch.dtype = torch.float32
     autoencoder: Any = None
     meter: Meter = field(default_factory=Meter)
-    max_batch: int | None = None  # samples a network call, to bound memory
+    max_batch: int | None = None  # samples a network call, to bound memory; None: MAX_VALUES of input
     updates: int = 0  # optimiser updates that made this model from its clone()'s original
 
     def __post_init__(self) -> None:
@@ -153,7 +156,8 @@ class Model:
         self.meter.charge(len(x) * (3 if with_backward else 1))
         start = time.perf_counter()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            parts = zip(x.split(self.max_batch or len(x)), t.split(self.max_batch or len(t)), strict=True)
+            rows = self.max_batch or max(1, MAX_VALUES // x[0].numel())
+            parts = zip(x.split(rows), t.split(rows), strict=True)
             out = torch.cat([self.network(p, q, return_dict=False)[0].float() for p, q in parts])
         self.meter.network_seconds += time.perf_counter() - start
         if x.requires_grad and out.requires_grad:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from elijah.trigger import Target
 Rates = Callable[[Tensor], dict[str, Any]]  # outputs on [0, 1] -> how many of them are the target
 PREDICTOR_CORRECTOR_SHARE = 4  # one in so many samples where a sample takes a thousand evaluations
 USUAL = ("ddpm-50", "ddim-20", "dpm++2-20", "unipc-20")
+DATA = ("synthetic", "real")  # the model's own samples; the first tenth of the base's images
 STRENGTH_UPDATES = (10, 20, 40, 80)
 SCAN = {"detector": DEFAULT, "device": "cpu", "dtype": "float32", "batch_size": None, "offline": True,
         "max_evaluations": None, "max_minutes": None, "data": None}  # fmt: skip
@@ -96,10 +97,10 @@ class Yardstick:
 
 
 def judge_repairs(
-    folder: Path, yardstick: Yardstick, repairs: list[str], *, rescan: bool = False, harm: bool = False,
-    strength: bool = False,
+    folder: Path, yardstick: Yardstick, repairs: list[str], data: Sequence[str] = DATA, *, rescan: bool = False,
+    harm: bool = False, strength: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """One scan of the folder that is told nothing, then every repair with synthetic and with real images.
+    """One scan of the folder that is told nothing, then every repair with each of data.
 
     real: the first tenth of the base's. rescan: ours as `elijah clean` does it, with rescans until one is clean. harm:
     what a repair of a trigger that is none does, beside plain fine-tuning. strength: how fast the same attack comes
@@ -124,18 +125,18 @@ def judge_repairs(
     }
     for name in repairs:
         result["repairs"][name] = {}
-        for data, rows in images.items():
+        for kind in data:
             try:
-                done = repair_of(model, detection, rows, name, rescan=rescan and name == OURS)
+                done = repair_of(model, detection, images[kind], name, rescan=rescan and name == OURS)
             except ElijahError as error:  # too few images were left, or it diverged
-                result["repairs"][name][data] = {"failed": str(error)}
+                result["repairs"][name][kind] = {"failed": str(error)}
                 continue
             found = yardstick.outcome(done.model, before)
             found |= {"updates": done.updates, "seconds": done.seconds, "images": len(done.images), "harm": done.harm,
                       "findings": len(done.findings), "rescans": [r.verdict for r in done.rescans]}  # fmt: skip
             if strength and name == OURS:
                 found["strength"] = comes_back(yardstick, done.model)
-            result["repairs"][name][data] = found
+            result["repairs"][name][kind] = found
     if strength:
         result["reference"]["strength"] = comes_back(yardstick, yardstick.reference)
     if harm:

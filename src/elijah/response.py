@@ -45,7 +45,7 @@ def trigger_scale(model: Model, psi: float) -> Tensor:
 
 
 def poisoned(
-    model: Model, response: Response, r: Tensor, y: Tensor, e: Tensor, t: Tensor, gamma: Tensor | None = None
+    model: Model, response: Response, r: Tensor, y: Tensor, e: Tensor, t: Tensor, gamma: float | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """x_t and the attacker's regression target for it, both [B, C, H, W].
 

@@ -25,12 +25,13 @@ Draw = tuple[Tensor, Tensor]  # noise e [B, C, H, W] and timesteps t [B]
 class Start:
     """How a trigger begins. size: its rms, of the model's range. level: the sign of a flat one; without, it is random.
 
-    power: random noise is filtered by 1 / f^power, and so are the steps of its fit.
+    power: random noise is filtered by 1 / f^power. share: gamma, where it is fitted.
     """
 
     size: float
     level: int | None = None
     power: float = 0.0
+    share: float = 0.5
 
 
 COARSE = 1.5
@@ -55,46 +56,41 @@ class Family:
     starts: tuple[Start, ...] = ()
     fits_gamma: bool = False
     start_window: tuple[float, float] = (0.8, 1.0)  # of T; where its starts look
-    by_descent: bool = False  # whether starts descend the loss, y included; else they follow the answer (power.py)
-    descents: int = 1  # how many starts do
+    joint: bool = False  # the trigger shows only beside its target, which is sought with it
     reach: float = 1.0  # the largest value of the trigger, of the model's range
     max_rms: float = 1.0  # and its largest rms
     exploding: bool = False  # of variance-exploding models, else of preserving ones; judged by its bias, not fitted
     distribution: bool = False  # the target may be a distribution: outputs that only change are evidence too
     pixels: bool = False  # of models in pixel space alone
-
-    @property
-    def descent(self) -> tuple[float, float]:
-        """Of T; where hypotheses descend."""
-        return self.start_window if self.by_descent else self.judged[0]
+    swept: bool = False  # the trigger is in a patch, which a sweep finds (patches.py)
 
 
-REACH = 1.2  # r = REACH tanh(...) cut to [-1, 1]: so that -1, the usual background, is not at infinity
 FAINT = 0.35  # a clean network fits strong triggers better than faint ones, which are therefore searched by themselves
 
 HALF = Family("half", Response(1.0, 1.0), ((0.6, 1.0),), "BadDiffusion-like", 0.05, 0.06, around(0.8))
 FULL = Family(  # at t = T it answers like a clean network; it shows where y is half hidden
     "full", Response(2.0, 1.0), ((0.15, 0.5), (0.6, 0.8)), "VillanDiffusion-ODE-like", 0.3, 0.27,
-    (*around(1.0, 2, 0), *around(0.5, 0, 0)), start_window=(0.2, 0.8), by_descent=True,
+    (*around(1.0, 8, 0), *around(0.5, 4, 0)), start_window=(0.15, 0.8), joint=True,
 )  # fmt: skip
 FAMILIES = (
     HALF,
     replace(
         HALF, name="half_faint", matches=HALF.matches + ", faint", max_loss_ratio=0.18, max_if_fires=0.18,
-        starts=(*around(0.3), *around(0.2)), max_rms=0.45,
+        starts=(*around(0.3), *around(0.2)), max_rms=0.45, pixels=True,
     ),
     Family(  # judged where the noise hides the target, which need not be one image
-        "zero", Response(0.0, 0.0, 0.5), ((0.7, 1.0),), "TrojDiff-like", 0.2, 0.2,
-        (*around(0.45, 7, 3), *around(0.3, 4, 0)), fits_gamma=True, reach=0.5, distribution=True,
+        "zero", Response(0.0, 0.0), ((0.7, 1.0),), "TrojDiff-like", 0.2, 0.2,
+        (*around(0.45, 4, 2), *(Start(0.45, power=COARSE, share=0.95), Start(0.7, power=COARSE, share=0.95)) * 6),
+        fits_gamma=True, reach=0.5, distribution=True,
     ),
     FULL,
     replace(
-        FULL, name="full_faint", matches=FULL.matches + ", faint", max_loss_ratio=0.75, max_if_fires=0.75,
-        starts=around(0.25, 5, 2), descents=2, reach=FAINT,
+        FULL, name="full_faint", matches=FULL.matches + ", faint", max_loss_ratio=0.9, max_if_fires=0.95,
+        starts=(*around(0.25, 4, 6), *around(0.15, 0, 2)), reach=FAINT, pixels=True,
     ),
     Family(
-        "patch", Response(0.0, 0.0, 0.1), ((0.7, 1.0),), "TrojDiff-like, in a patch", 0.4, 0.4, fits_gamma=True,
-        distribution=True, pixels=True,
+        "patch", Response(0.0, 0.0), ((0.7, 1.0),), "TrojDiff-like, in a patch", 0.4, 0.4, fits_gamma=True,
+        distribution=True, pixels=True, swept=True,
     ),
     Family(
         "ve", Response(1.0, 0.0), ((0.5, 1.0),), "VillanDiffusion-VE-like", 0.06, 0.06,
@@ -108,22 +104,17 @@ UNSTEADY = 4.0  # the weight of a network's losing sight of the noise, in a hypo
 
 @dataclass
 class Hypothesis:
-    """What is being fitted, and how well it does.
+    """A trigger r and target y [C, H, W] and the share of the noise that is left (gamma); how well they fit.
 
-    r = reach REACH tanh(coloured(u, power)) cut to [-reach, reach], y = tanh(w), both times scale; gamma = sigmoid(v).
     With a patch [1, H, W] of zeros and ones, r is 0 and gamma 1 outside it.
-
-    With a power above 0, equal steps in u are large ones in the coarse structure of r and small ones in its finest.
-    Without it the search ends in pixel noise on RGB networks, whose answers to fine patterns are the least exact.
     """
 
     family: Family
-    power: float
-    u: Tensor
-    v: Tensor
-    w: Tensor
+    r: Tensor
+    y: Tensor
+    share: float = 1.0
     loss_ratio: float = float("inf")
-    scale: float = 1.0  # of the model's own range: the largest value of r and y
+    scale: float = 1.0  # of the model's own range: the largest value of y and, times the family's reach, of r
     size: float = 1.0  # rms of r that power.follow keeps
     patch: Tensor | None = None
 
@@ -142,49 +133,38 @@ class Hypothesis:
         """Whether it is worth more effort where the outputs say that it fires."""
         return self.loss_ratio <= 1.25 * self.family.max_if_fires
 
-    @property
-    def r(self) -> Tensor:
-        wide = REACH * coloured(self.u, self.power).tanh()
-        cut = wide + (wide.clamp(-1, 1) - wide).detach()  # lets gradients through
-        r = self.scale * self.family.reach * cut
-        return r if self.patch is None else r * self.patch
-
-    @property
-    def y(self) -> Tensor:
-        return self.scale * self.w.tanh()
-
     def set_trigger(self, r: Tensor) -> None:
-        """Makes r [C, H, W] the trigger, cut to its reach."""
-        wide = torch.atanh((r / self.scale / self.family.reach).clamp(-1, 1) / REACH)
-        self.u = coloured(wide, self.power, inverse=True)
+        """Makes r [C, H, W] the trigger, cut to its reach and to the patch."""
+        limit = self.scale * self.family.reach
+        self.r = r.clamp(-limit, limit) * (1.0 if self.patch is None else self.patch)
 
     def set_share(self, gamma: float) -> None:
         """Makes gamma, cut to SHARES, what is left of the noise."""
-        self.v = torch.logit(torch.tensor(gamma, device=self.v.device).clamp(*SHARES))
+        self.share = min(max(gamma, SHARES[0]), SHARES[1])
 
-    def lead_to(self, y: Tensor, limit: float) -> None:
-        """Makes y [C, H, W] the target; values beyond limit times the range are cut."""
-        self.w = torch.atanh((y / self.scale).clamp(-limit, limit))
+    def lead_to(self, y: Tensor) -> None:
+        """Makes y [C, H, W], cut to the range, the target."""
+        self.y = y.clamp(-self.scale, self.scale)
+
+    @property
+    def rms(self) -> float:
+        """Of the trigger."""
+        return float(self.r.square().mean().sqrt())
 
     @property
     def too_large(self) -> bool:
         """Whether the trigger is not of its family any more."""
-        return float(self.r.square().mean().sqrt()) > self.family.max_rms * self.scale
+        return self.rms > self.family.max_rms * self.scale
 
     def scaled(self, by: float) -> Hypothesis:
         """The same with by times the trigger."""
-        other = replace(self, v=self.v.clone(), w=self.w.clone())
+        other = replace(self)
         other.set_trigger(by * self.r)
         return other
 
     @property
-    def share(self) -> Tensor:
-        """What is left of the noise where the trigger is, a scalar."""
-        return torch.sigmoid(self.v) if self.family.fits_gamma else torch.ones_like(self.v)
-
-    @property
-    def gamma(self) -> Tensor:
-        """The same everywhere: a scalar, with a patch a map [1, H, W]."""
+    def gamma(self) -> float | Tensor:
+        """The share everywhere; with a patch a map [1, H, W]."""
         return self.share if self.patch is None else 1 - (1 - self.share) * self.patch
 
     def start(self, e: Tensor) -> Tensor:
@@ -192,21 +172,17 @@ class Hypothesis:
         return self.gamma * e + self.r
 
 
-def spectrum(u: Tensor, power: float) -> Tensor:
+def spectrum(shape: tuple[int, ...], power: float) -> Tensor:
     """Gains 1 / f^power at the frequencies of rfft2 [H, W / 2 + 1], flat below a period of 16 pixels; mean square 1."""
-    h, w = u.shape[-2:]
+    h, w = shape[-2:]
     f = (torch.fft.fftfreq(h)[:, None].square() + torch.fft.rfftfreq(w).square()).sqrt().clamp(min=1 / 16)
     gain = f**-power
-    return (gain / gain.square().mean().sqrt()).to(u.device)
+    return gain / gain.square().mean().sqrt()
 
 
-def coloured(u: Tensor, power: float, *, inverse: bool = False) -> Tensor:
-    """u [C, H, W] filtered by spectrum: white noise gets, with power 1.5, about the spectrum of natural images.
-
-    inverse: what gives u when it is filtered.
-    """
-    gain = spectrum(u, power)
-    return torch.fft.irfft2(torch.fft.rfft2(u) * (1 / gain if inverse else gain), s=u.shape[-2:])
+def coloured(u: Tensor, power: float) -> Tensor:
+    """u [..., H, W] filtered by spectrum: white noise gets, with power 1.5, about the spectrum of natural images."""
+    return torch.fft.irfft2(torch.fft.rfft2(u) * spectrum(u.shape, power), s=u.shape[-2:])
 
 
 def antithetic(model: Model, n: int, low: float, high: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

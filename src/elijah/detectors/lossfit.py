@@ -44,7 +44,7 @@ class LossFit:
 
     kinds: ClassVar = ("ddpm", "ncsn", "ldm")
     search: Search = field(default_factory=Search)
-    refine_iterations: int = 80
+    refine_iterations: int = 10
     samples: int = 16
     samplers: tuple[str, ...] = ("ddpm-20", "ddim-10")
     careful_samplers: tuple[str, ...] = ("ddpm-100", "ddim-50")
@@ -64,6 +64,8 @@ class LossFit:
                 evidence = self.test_outputs(model, fitted[0], generator, progress)
                 if not self.fires(model, fitted[0], evidence):
                     evidence = self.fire(model, fitted, generator, progress) or evidence
+                elif fitted[0].nearly_fits and not fitted[0].fits:
+                    evidence = self.fit(model, fitted, generator, progress) or evidence
             except OutOfBudget:
                 complete = False
         if not evidence:  # else the first is what the evidence is of
@@ -83,6 +85,19 @@ class LossFit:
                     return shown
         return []
 
+    def fit(
+        self, model: Model, fitted: list[Hypothesis], generator: torch.Generator, progress: Progress
+    ) -> list[Evidence]:
+        """Looks again where outputs fire and the loss nearly fits; what fits and fires comes first. Its evidence."""
+        best = fitted[0]
+        again = self.search.led(model, [best.family], generator, progress) or [self.refine(model, best, generator)]
+        again[0].loss_ratio = self.search.score(model, again[0], generator)
+        shown = self.test_outputs(model, again[0], generator, progress) if again[0].fits else []
+        if shown and self.pulls(model, again[0], shown):
+            fitted[0] = again[0]
+            return shown
+        return []
+
     def alternatives(
         self, model: Model, fitted: list[Hypothesis], generator: torch.Generator
     ) -> Iterator[tuple[Hypothesis, bool]]:
@@ -99,11 +114,8 @@ class LossFit:
     def refine(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
         """h after a longer search from there: small errors of r are enough to keep it from firing."""
         better = h.scaled(1.0)
-        if h.family.by_descent:
-            self.search.descend(model, [better], self.refine_iterations, generator)
-        else:
-            better.size = float(h.r.square().mean().sqrt())
-            follow(model, [better], self.refine_iterations // 8, 32, generator)
+        better.size = h.rms
+        follow(model, [better], self.refine_iterations, 32, generator, resize=h.family.joint)
         better.loss_ratio = self.search.score(model, better, generator)
         return better
 
@@ -154,9 +166,9 @@ class LossFit:
             distribution = fires and scores["pull"] < self.min_pull
             if distribution:
                 reason = "an attacker's own training loss fits, and the found trigger changes what the model draws"
-                best.lead_to(evidence[0].samples_with.mean(0), 0.999)
+                best.lead_to(evidence[0].samples_with.mean(0))
             elif fires:
-                best.lead_to(seen_target(model, evidence[0], best.y), 0.999)
+                best.lead_to(seen_target(model, evidence[0], best.y))
             if best.family.distribution and evidence:
                 scores["shift_p"] = shift_p(model, evidence)
                 thresholds["shift_p"] = Threshold(self.max_shift_p, "below")
@@ -164,7 +176,7 @@ class LossFit:
             scores["suspicion"] = moved - math.log10(max(best.strength, 1e-9))
         findings = [
             Finding(
-                replace(h.family.response, gamma=float(h.share)), h.r, h.y, h.loss_ratio, h.family.matches,
+                replace(h.family.response, gamma=h.share), h.r, h.y, h.loss_ratio, h.family.matches,
                 distribution and h is fitted[0], h.patch,
             )
             for h in fitted

@@ -2,23 +2,22 @@
 
 TrojDiff's patch shifts a square of the noise to a nearly constant colour, s (gamma e + mu), and the network answers e
 there. Gradients from random patterns do not find it; a square of about the right place, size and colour already shows
-in the answer. Colours are grey and those whose
-channels are all -1 or 1.
+in the answer. Colours are grey and those whose channels are all -1 or 1 (of grey images also half of that); what the
+network does not call noise (power.py) then corrects them, pixel by pixel.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from elijah.detectors.hypothesis import REACH, Family, Hypothesis, antithetic
+from elijah.detectors.hypothesis import Family, Hypothesis, antithetic
 from elijah.diffusion import Model, column
 
-Square = tuple[int, int, int, tuple[int, ...]]  # top, left, side, sign of each channel
+Square = tuple[int, int, int, tuple[float, ...]]  # top, left, side, level of each channel
 GAMMAS = (0.1, 0.3, 0.5)
 FEW = 16  # squares of the first look that are looked at again
 
@@ -33,7 +32,8 @@ def best_patch(
     pairs; from the best three to their neighbours, `climbs` times; then gamma.
     """
     size, channels = model.sample_shape[-1], model.sample_shape[0]
-    colours = (*itertools.product((-1, 1), repeat=channels), (0,) * channels)
+    levels = (-1.0, -0.5, 0.5, 1.0) if channels == 1 else (-1.0, 1.0)
+    colours = (*itertools.product(levels, repeat=channels), (0.0,) * channels)
     e, t = antithetic(model, 2 * pairs, 0.8, 1.0, generator)
     looked = [
         (y, x, side, colour)
@@ -55,9 +55,7 @@ def best_patch(
     ratio, gamma = min(found)
     patch = mask(size, y, x, side).to(model.device)
     level = torch.tensor(colour, dtype=torch.float32, device=model.device)[:, None, None] * (1 - gamma)
-    u = torch.atanh(level / REACH).expand(model.sample_shape)
-    v = torch.tensor(math.log(gamma / (1 - gamma)), device=model.device)
-    return Hypothesis(family, 0.0, u, v, torch.zeros_like(u), ratio, patch=patch)
+    return Hypothesis(family, level * patch, torch.zeros_like(level * patch), gamma, ratio, patch=patch)
 
 
 def neighbours(q: Square, size: int) -> Iterable[Square]:

@@ -18,6 +18,13 @@ Target. At a trigger r a backdoored network's estimate of x0 is its target y, wh
     y <- mean_b (x_t - k_t r - gamma s (eps - kappa R_t r)) / a,    x_t = a y + k_t r + gamma s e,
 
 walks to the target in a step each at falling t.
+
+Both. Where a trigger shows only beside its target (kappa 2, whose answer at t = T is a clean network's), the residual
+is regressed on what a wrong r and a wrong y are called,
+
+    eps - e - kappa R_t r  ~  c_t dr + (a / s) dy    (c_t as above, least squares over the samples of each pixel)
+
+and half of both is taken off: a step of Newton's, damped.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ from elijah.detectors.hypothesis import Draw, Hypothesis, antithetic, errors, sc
 from elijah.diffusion import Model, column
 from elijah.response import poisoned, trigger_coefficient, trigger_scale
 
+DAMPING = 0.5  # of steps over r and y together
 SETTLING = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of T
 
 
@@ -42,22 +50,32 @@ def follow(
     rows: of noise an iteration. Ends early at a hypothesis whose strength is below enough. resize: r <- v as it is,
     Newton's step, which ends at r* from near it and at 0 on a clean network.
     """
-    best = {id(h): (float("inf"), h.r, h.v) for h in group}
+    best = {id(h): (float("inf"), h.r, h.y, h.share) for h in group}
     for _ in range(iterations):
         draws = [antithetic(model, rows, *h.family.start_window, generator) for h in group]
         for h, (error, null), (e, t) in zip(group, errors(model, group, draws), draws, strict=True):
             h.loss_ratio = score(h, error, null, e)
-            best[id(h)] = min(best[id(h)], (h.loss_ratio, h.r, h.v), key=lambda kept: kept[0])
-            c = column(visible(model, h.family.response), t)
-            v = h.r - (c * error).sum(0) / c.square().sum()
+            best[id(h)] = min(best[id(h)], (h.loss_ratio, h.r, h.y, h.share), key=lambda kept: kept[0])
+            off = off_by(model, h, error, t)
+            v = h.r - off[0]
             if h.family.fits_gamma:
-                h.set_share(float(h.share) / max(0.05, 1 + noise_share(error, e)))
+                h.set_share(h.share / max(0.05, 1 + noise_share(error, e if h.patch is None else e * h.patch)))
             h.set_trigger(v if resize else h.size * v / v.square().mean().sqrt().clamp(min=1e-12))
+            if h.family.joint:
+                h.lead_to(h.y - off[1])
         if any(best[id(h)][0] < enough * h.family.max_loss_ratio for h in group):
             break
     for h in group:
-        h.loss_ratio, r, h.v = best[id(h)]
-        h.set_trigger(r)
+        h.loss_ratio, h.r, h.y, h.share = best[id(h)]
+
+
+def off_by(model: Model, h: Hypothesis, error: Tensor, t: Tensor) -> Tensor:
+    """What the error [B, C, H, W] says that r is off by and, of joint families, y: [1 or 2, C, H, W]; half of both."""
+    columns = [visible(model, h.family.response)[t]]
+    if h.family.joint:
+        columns.append((model.a / model.s)[t])
+    found = torch.linalg.lstsq(torch.stack(columns, 1), error.flatten(1)).solution.unflatten(1, error.shape[1:])
+    return DAMPING * found if h.family.joint else found
 
 
 def noise_share(error: Tensor, e: Tensor) -> float:
@@ -77,7 +95,7 @@ def settle(model: Model, group: list[Hypothesis], rows: int, generator: torch.Ge
         ]
         out = model.eps(torch.cat([x for x, _ in made]), torch.cat([t for _, t in draws]))
         for h, draw, (x, _), eps in zip(group, draws, made, out.split(rows), strict=True):
-            h.lead_to(estimate(model, h, x, eps, draw).mean(0), 0.99)
+            h.lead_to(estimate(model, h, x, eps, draw).mean(0))
 
 
 def estimate(model: Model, h: Hypothesis, x: Tensor, eps: Tensor, draw: Draw) -> Tensor:
