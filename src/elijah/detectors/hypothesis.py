@@ -69,7 +69,7 @@ FAINT = 0.35  # a clean network fits strong triggers better than faint ones, whi
 
 HALF = Family("half", Response(1.0, 1.0), ((0.6, 1.0),), "BadDiffusion-like", 0.05, 0.06, around(0.8))
 FULL = Family(  # at t = T it answers like a clean network; it shows where y is half hidden
-    "full", Response(2.0, 1.0), ((0.15, 0.5), (0.6, 0.8)), "VillanDiffusion-ODE-like", 0.3, 0.27,
+    "full", Response(2.0, 1.0), ((0.15, 0.5), (0.6, 0.8)), "VillanDiffusion-ODE-like", 0.25, 0.27,
     (*around(1.0, 8, 0), *around(0.5, 4, 0)), start_window=(0.15, 0.8), joint=True,
 )  # fmt: skip
 FAMILIES = (
