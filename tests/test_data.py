@@ -105,7 +105,13 @@ def test_digits_are_bundled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert digits.shape == (1797, 1, 8, 8) and digits.min() == 0 and digits.max() == 255
 
 
-@pytest.mark.parametrize("name", [name for name in STOCK if name != "digits"])
+def test_flat_pictures_have_a_colour_each() -> None:
+    flat = load_images("flat", size=4, channels=3)
+    assert len(flat.unique(dim=0)) > 990 and (flat.flatten(2).float().std(2) == 0).all()
+    assert torch.equal(flat, load_images("flat", size=4, channels=3))
+
+
+@pytest.mark.parametrize("name", [name for name in STOCK if name not in ("digits", "flat")])
 def test_stock_sets_need_their_folder(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.delenv("ELIJAH_DATA", raising=False)
     with pytest.raises(ElijahError, match="set ELIJAH_DATA to the folder"):

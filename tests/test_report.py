@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from elijah import report as documents
 from elijah.errors import ElijahError
+from elijah.png import grid, png_base64, png_pixels
 from elijah.report import (
     EXIT_CODES,
     CleaningInfo,
@@ -35,10 +36,7 @@ from elijah.report import (
     TriggerValues,
     command,
     finite,
-    grid,
     json_schema,
-    png_base64,
-    png_pixels,
     read_report,
     trigger_values,
 )

@@ -17,16 +17,16 @@ from elijah.errors import ElijahError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for broken files
-STOCK = ("cifar10", "cifar10-test", "celeba", "mnist", "mnist-test", "digits")
+STOCK = ("cifar10", "cifar10-test", "celeba", "mnist", "mnist-test", "digits", "flat")
 
 
 def load_images(source: str, *, size: int, channels: int, limit: int | None = None, skip: int = 0) -> Tensor:
     """Images as uint8 [N, channels, size, size].
 
     source: a folder of image files (searched below it, sorted by path; a centre square is cut and resized), or one of
-    cifar10, cifar10-test, celeba, mnist, mnist-test (read from $ELIJAH_DATA), or digits (scikit-learn's 8x8 digits); of
-    cifar10 and mnist one class can be named: cifar10/7, mnist-test/3. limit and skip take a part, in order. Raises
-    ElijahError when nothing is found or a file is no image.
+    cifar10, cifar10-test, celeba, mnist, mnist-test (read from $ELIJAH_DATA), digits (scikit-learn's 8x8 digits), or
+    flat (1,000 pictures of one colour each); of cifar10 and mnist one class can be named: cifar10/7, mnist-test/3. limit
+    and skip take a part, in order. Raises ElijahError when nothing is found or a file is no image.
     """
     if of_one_class(source):
         name, _, label = source.partition("/")
@@ -97,6 +97,9 @@ def _stock(name: str) -> list[Image.Image]:
         from sklearn.datasets import load_digits
 
         return [Image.fromarray((d * 15.9375).astype(np.uint8)) for d in load_digits().images]
+    if name == "flat":
+        colours = np.random.default_rng(0).integers(0, 256, (1000, 3))
+        return [Image.new("RGB", (1, 1), tuple(int(v) for v in colour)) for colour in colours]
     root = data_root()
     if name == "celeba":
         with zipfile.ZipFile(root / "celeba_10k_80x80.zip") as archive:

@@ -18,7 +18,7 @@ from elijah.diffusion import Model, generator_for
 from elijah.errors import ElijahError
 from elijah.files import new_folder, write_file, write_folder
 from elijah.loading import find_device, load_model
-from elijah.report import png_base64
+from elijah.png import png_base64
 from elijah.training import Optimiser, train
 from elijah.trigger import Target, Trigger
 

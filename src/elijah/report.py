@@ -1,14 +1,12 @@
 """The report: a typed document with a version number, the same for every command, detector and renderer. No torch.
 
 One scan is one Report; a cleaning is one CleanReport, that is the Report of the rescan with what came before it.
-Images travel inside as base64 PNG; png_base64 and grid make them from uint8 arrays.
+Images travel inside as base64 PNG (png.py).
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
-import io
 import json
 import math
 import shlex
@@ -17,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from elijah import __version__
@@ -29,7 +26,6 @@ OPTIONS = (  # the settings that are options of the command line
     *("detector", "data", "synthetic", "repair", "force", "keep", "device", "dtype", "batch_size"),
     *("max_evaluations", "max_minutes", "offline"),
 )
-LARGEST_PNG = 4096  # pixels a side; a larger picture in a report file is not opened
 LARGEST_REPORT = 2**30  # bytes of a report file; a larger one is not read
 LARGEST_TRIGGER = 2**22  # values; those of a larger trigger are not stored
 
@@ -356,19 +352,6 @@ def finite(numbers: dict[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items() if np.isfinite(value)}
 
 
-def grid(images: NDArray[np.uint8], *, columns: int = 8, gap: int = 1) -> NDArray[np.uint8]:
-    """images [N, H, W, C] (C 1 or 3) on a sheet [rows, width, 4], gap transparent pixels between them."""
-    n, h, w, c = images.shape
-    columns = min(columns, n)
-    rows = -(-n // columns)
-    sheet = np.zeros((rows * (h + gap) - gap, columns * (w + gap) - gap, 4), np.uint8)
-    for k, image in enumerate(images):
-        top, left = k // columns * (h + gap), k % columns * (w + gap)
-        sheet[top : top + h, left : left + w, :3] = image[..., :3] if c >= 3 else image[..., :1]
-        sheet[top : top + h, left : left + w, 3] = 255
-    return sheet
-
-
 def trigger_values(r: NDArray[np.floating]) -> TriggerValues | None:
     """r [C, H, W] as a report stores it, rounded to float16; None when it is too large for that or not finite."""
     with np.errstate(over="ignore"):
@@ -377,26 +360,6 @@ def trigger_values(r: NDArray[np.floating]) -> TriggerValues | None:
         return None
     channels, height, width = stored.shape
     return TriggerValues(shape=(channels, height, width), base64=base64.b64encode(stored.tobytes()).decode("ascii"))
-
-
-def png_base64(image: NDArray[np.uint8]) -> str:
-    """image uint8 [H, W] or [H, W, C] (C 1, 3 or 4) as a base64 PNG."""
-    if image.ndim == 3 and image.shape[-1] == 1:
-        image = image[..., 0]
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def png_pixels(png: str | None) -> NDArray[np.uint8] | None:
-    """The picture [H, W, 3] of a base64 PNG, None when there is none, when it is broken or too large."""
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(png or "", validate=True)), formats=["PNG"]) as opened:
-            if max(opened.size) > LARGEST_PNG:
-                return None
-            return np.asarray(opened.convert("RGB"), np.uint8)
-    except (OSError, ValueError, SyntaxError, binascii.Error, Image.DecompressionBombError):
-        return None
 
 
 def json_schema() -> dict[str, Any]:

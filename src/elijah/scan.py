@@ -18,6 +18,7 @@ from elijah.detectors import DEFAULT, DETECTORS
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError, Unsupported
 from elijah.loading import load_model
+from elijah.png import grid, png_base64
 from elijah.report import (
     CalibrationInfo,
     CostInfo,
@@ -32,8 +33,6 @@ from elijah.report import (
     ThresholdInfo,
     TriggerInfo,
     finite,
-    grid,
-    png_base64,
     trigger_values,
 )
 from elijah.verdict import DEFAULT_RATE, Calibration

@@ -11,7 +11,8 @@ import textwrap
 import numpy as np
 from numpy.typing import NDArray
 
-from elijah.report import CleaningInfo, CleanReport, CostInfo, FindingInfo, Report, clean_name, png_pixels
+from elijah.png import png_pixels
+from elijah.report import CleaningInfo, CleanReport, CostInfo, FindingInfo, Report, clean_name
 
 WIDTH = 100
 LABEL = 13
