@@ -25,8 +25,8 @@ def load_images(source: str, *, size: int, channels: int, limit: int | None = No
 
     source: a folder of image files (searched below it, sorted by path; a centre square is cut and resized), or one of
     cifar10, cifar10-test, celeba, mnist, mnist-test (read from $ELIJAH_DATA), digits (scikit-learn's 8x8 digits), or
-    flat (1,000 pictures of one colour each); of cifar10 and mnist one class can be named: cifar10/7, mnist-test/3. limit
-    and skip take a part, in order. Raises ElijahError when nothing is found or a file is no image.
+    flat (1,000 pictures of one colour each); of cifar10 and mnist one class can be named: cifar10/7, mnist-test/3.
+    limit and skip take a part, in order. Raises ElijahError when nothing is found or a file is no image.
     """
     if of_one_class(source):
         name, _, label = source.partition("/")

@@ -25,11 +25,13 @@ Draw = tuple[Tensor, Tensor]  # noise e [B, C, H, W] and timesteps t [B]
 class Start:
     """How a trigger begins. size: its rms, of the model's range. level: the sign of a flat one; without, it is random.
 
-    power: random noise is filtered by 1 / f^power. share: gamma, where it is fitted.
+    hole: (i, j), where in a flat one a square of half the width is 0, in quarters of the width. power: random noise is
+    filtered by 1 / f^power. share: gamma, where it is fitted.
     """
 
     size: float
     level: int | None = None
+    hole: tuple[int, int] | None = None
     power: float = 0.0
     share: float = 0.5
 
@@ -70,7 +72,10 @@ FAINT = 0.35  # a clean network fits strong triggers better than faint ones, whi
 HALF = Family("half", Response(1.0, 1.0), ((0.6, 1.0),), "BadDiffusion-like", 0.05, 0.06, around(0.8))
 FULL = Family(  # at t = T it answers like a clean network; it shows where y is half hidden
     "full", Response(2.0, 1.0), ((0.15, 0.5), (0.6, 0.8)), "VillanDiffusion-ODE-like", 0.25, 0.27,
-    (*around(1.0, 8, 0), *around(0.5, 4, 0)), start_window=(0.15, 0.8), joint=True,
+    (
+        *around(1.0, 6, 0), *(Start(0.5, power=COARSE),) * 3,
+        *(Start(0.87, -1, (i, j)) for i in range(3) for j in range(3)),  # pictures are on a black background
+    ), start_window=(0.15, 0.8), joint=True,
 )  # fmt: skip
 FAMILIES = (
     HALF,

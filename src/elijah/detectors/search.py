@@ -46,7 +46,7 @@ class Search:
     finer_iterations: int = 3
     enough: float = 0.35
     near: float = 2.0
-    lead: tuple[tuple[int, int, int], ...] = ((4, 4, 8), (6, 8, 3), (8, 16, 2))
+    lead: tuple[tuple[int, int, int], ...] = ((4, 4, 12), (6, 8, 4), (8, 16, 2))
     patch_iterations: int = 4
     settle_rows: int = 8
     score_rows: int = 64
@@ -94,7 +94,7 @@ class Search:
     ) -> list[Hypothesis]:
         """The best start of each family whose trigger shows only beside its target: flat ones from where they lead."""
         pairs = [(s, begin(model, f, s, generator)) for f in families if f.joint for s in f.starts]
-        settle(model, [h for s, h in pairs if s.level is not None], self.settle_rows, generator)
+        settle(model, [h for s, h in pairs if s.level is not None], self.settle_rows // 2, generator)
         group = [h for _, h in pairs]
         for k, (iterations, rows, kept) in enumerate(self.lead):
             last = k == len(self.lead) - 1
@@ -159,12 +159,15 @@ def alike(one: Hypothesis, other: Hypothesis) -> float:
 
 
 def begin(model: Model, family: Family, start: Start, generator: torch.Generator) -> Hypothesis:
-    """A hypothesis whose trigger is flat, or of random noise; on latent models flat is what encodes a flat picture."""
+    """A hypothesis whose trigger is flat, or of random noise; on latent models flat is what encodes such a picture."""
     scale, unit = (LATENT_RANGE, latent_unit(model)) if model.kind == "ldm" else (1.0, 1.0)
     if start.level is None:
         r = coloured(torch.randn(model.sample_shape, generator=generator), start.power).to(model.device)
     else:
         r = torch.full(model.image_shape if model.kind == "ldm" else model.sample_shape, float(start.level))
+        if start.hole is not None:
+            (i, j), quarter = start.hole, r.shape[-1] // 4
+            r[:, i * quarter : (i + 2) * quarter, j * quarter : (j + 2) * quarter] = 0.0
         r = (model.encode(r[None])[0] if model.kind == "ldm" else r).to(model.device)
     size = start.size * unit
     share = start.share if family.fits_gamma else 1.0
