@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from elijah.detection import Detection, Evidence, Finding, Threshold
-from elijah.detectors.hypothesis import Hypothesis
-from elijah.detectors.power import follow
+from elijah.detectors.hypothesis import Hypothesis, antithetic, errors, ratio
 from elijah.detectors.search import Search
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import OutOfBudget
@@ -39,12 +38,13 @@ class LossFit:
     samples: how many the output test draws a sampler, half as many where one is costly (exploding). max_shift_p:
     outputs with and without the trigger count as changed up to this p-value of being draws from one distribution.
     Where a loss nearly fits and the outputs do not say so, what else could fire is tested (alternatives), in the end
-    after a longer search from there (refine_iterations) and under more samplers (careful_*).
+    after a fit by gradient from there (refine_iterations) and under more samplers (careful_*).
     """
 
     kinds: ClassVar = ("ddpm", "ncsn", "ldm")
     search: Search = field(default_factory=Search)
-    refine_iterations: int = 10
+    refine_iterations: int = 48
+    refine_rate: float = 0.1
     samples: int = 16
     samplers: tuple[str, ...] = ("ddpm-20", "ddim-10")
     careful_samplers: tuple[str, ...] = ("ddpm-100", "ddim-50")
@@ -103,19 +103,29 @@ class LossFit:
     ) -> Iterator[tuple[Hypothesis, bool]]:
         """What else could fire where the best hypothesis does not, and whether to test it with more samplers.
 
-        Smaller triggers, since fits overshoot; the others that nearly fit; after a longer fit the best, if it fits.
+        Smaller triggers, since fits overshoot; the others that nearly fit; after a fit by gradient the best.
         """
         near = [h for h in fitted if h.nearly_fits and h.patch is None and not model.exploding]
         for k, h in enumerate(near):
             yield from ((h.scaled(by), False) for by in (1.0, 0.7, 0.5)[k == 0 :])
-        if near and near[0].fits:
+        if near:
             yield self.refine(model, near[0], generator), True
 
     def refine(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
-        """h after a longer search from there: small errors of r are enough to keep it from firing."""
+        """h after Adam on the loss itself, over r and y: small errors of r are enough to keep it from firing."""
         better = h.scaled(1.0)
-        better.size = h.rms
-        follow(model, [better], self.refine_iterations, 32, generator, resize=h.family.joint)
+        r, y = (x.clone().requires_grad_(True) for x in (h.r, h.y))
+        optimizer = torch.optim.Adam([r, y])
+        for k in range(self.refine_iterations):
+            optimizer.param_groups[0]["lr"] = self.refine_rate * (1 - 0.8 * k / self.refine_iterations)
+            better.set_trigger(r)
+            better.lead_to(y)
+            draw = antithetic(model, 8, *h.family.judged[0], generator)
+            optimizer.zero_grad()
+            ratio(*errors(model, [better], [draw])[0]).backward()
+            optimizer.step()
+        better.set_trigger(r.detach())
+        better.lead_to(y.detach())
         better.loss_ratio = self.search.score(model, better, generator)
         return better
 
@@ -188,7 +198,7 @@ class LossFit:
                 *(f.matches + " (or to a distribution)" * f.distribution for f in self.search.families_of(model)),
             ],
             not_covered=[
-                "patch triggers of several colours, or of one that is neither grey nor of black and full channels",
+                "patch triggers whose pattern is far from one colour",
                 "triggers that act only at small t", "backdoors that are not triggered by the start noise",
             ],
         )  # fmt: skip
