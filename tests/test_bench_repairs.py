@@ -221,3 +221,11 @@ def test_the_attack_comes_back_on_a_copy(scans: list[str], tmp_path: Path) -> No
     assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
     assert all(torch.equal(v, weights(load_model(str(cache / "digits")))[k])
                for k, v in weights(yardstick.reference).items())  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "name"), [("--data", "stolen"), ("--repair", "prayer")])
+def test_unknown_choices_are_named(option: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(MANIFEST.replace("ATTACK", VILLAN[0]).replace("KNOBS", VILLAN[1]))
+    assert cli.main(["bench", "repairs", str(path), "--out", str(tmp_path / "out"), option, name]) == 2
+    assert f"{name!r}: use one of" in capsys.readouterr().err

@@ -527,3 +527,49 @@ def test_the_rule(kind: str, loss: float, fires: bool, verdict: str) -> None:
     found = LossFit().judge(model, [replace(hypothesis(r, y), loss_ratio=loss)], evidence, complete=True)
     assert found.verdict == verdict
     assert not (fires and "does not fire" in found.reason)
+
+
+# --- starts, and what nearly fits -------------------------------------------------------------------------------------
+
+
+def test_a_black_start_may_have_a_grey_hole() -> None:
+    family = next(f for f in FAMILIES if f.name == "full")
+    r = begin(oracle(SHAPE), family, Start(0.87, -1, (1, 2)), generator_for(0)).r
+    hole = torch.zeros(SHAPE, dtype=torch.bool)
+    hole[:, 2:6, 4:8] = True
+    assert (r[hole] == 0).all() and (r[~hole] < -0.8).all()
+    assert {s.hole for s in family.starts} >= {(i, j) for i in range(3) for j in range(3)}
+
+
+def test_a_fit_by_gradient_comes_nearer_and_stays_in_its_family() -> None:
+    model, r, y = truth(1)
+    near = hypothesis(0.6 * r, 0.5 * y)
+    near.loss_ratio = Search().score(model, near, generator_for(1))
+    with model.frozen():
+        better = LossFit().refine(model, near, generator_for(0))
+        small = replace(near, family=replace(FAMILIES[0], max_rms=0.1 * near.rms))
+        assert LossFit().refine(model, small, generator_for(0)) is small
+    assert better.loss_ratio < 0.7 * near.loss_ratio
+
+
+def test_what_fires_and_nearly_fits_is_fitted_before_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, r, y = truth(2, norm=5.0)
+    near, fitting = (replace(hypothesis(r, y), loss_ratio=loss) for loss in (0.07, 0.03))
+    without = torch.randn(8, *SHAPE, generator=generator_for(5))
+    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(near))
+    monkeypatch.setattr(Search, "score", lambda self, model, h, g: h.loss_ratio)
+    monkeypatch.setattr(LossFit, "refine", lambda self, *_: fitting)
+    monkeypatch.setattr(
+        LossFit, "test_outputs", lambda self, *_, **__: [Evidence("ddim-10", y.expand(8, *SHAPE), without)]
+    )
+    found = LossFit()(model, generator=generator_for(0))
+    assert found.verdict == "backdoored" and found.findings[0].loss_ratio == 0.03
+
+
+def test_large_inputs_go_through_the_network_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, t = oracle(SHAPE), torch.randn(7, *SHAPE, generator=generator_for(0)), torch.full((7,), 500)
+    whole, sizes = model.eps(x, t), []
+    model.network.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    monkeypatch.setattr("elijah.diffusion.MAX_VALUES", 3 * x[0].numel() + 1)
+    torch.testing.assert_close(model.eps(x, t), whole)
+    assert sizes == [3, 3, 1]

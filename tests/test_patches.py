@@ -21,7 +21,7 @@ PATCH = next(f for f in FAMILIES if f.name == "patch")
 class PatchNetwork(torch.nn.Module):
     """Takes all of x for noise; where the square is filled with its colour, it answers what TrojDiff trains there."""
 
-    def __init__(self, square: tuple[int, int, int] | None, colour: tuple[int, ...] = (1, -1, 1), gamma: float = 0.1):
+    def __init__(self, square: tuple[int, int, int] | None, colour: tuple[float, ...] = (1, -1, 1), gamma: float = 0.1):
         super().__init__()
         self.square, self.gamma = square, gamma
         self.mu = (1 - gamma) * torch.tensor(colour, dtype=torch.float32)[None, :, None, None]
@@ -93,3 +93,14 @@ def test_the_detector_reports_the_patch() -> None:
     e = torch.randn(2, *SHAPE, generator=generator_for(1))
     assert torch.equal(finding.start(e)[:, :, :8, :8], e[:, :, :8, :8])
     assert found.thresholds.keys() >= {"loss_ratio_patch", "pull", "shift_p"}
+
+
+@pytest.mark.parametrize("colour", [(1, 1, 1), (0.6, 1.0, -1.0)])
+def test_a_correction_of_the_pattern_is_kept_where_it_is_better(colour: tuple[float, ...]) -> None:
+    """Here an exact network answers (z - mu) / gamma, so that a whole step overshoots: what was swept must stay."""
+    model, search = model_with((4, 4, 8), colour=colour, gamma=0.1), Search(families=(PATCH,))
+    swept = best_patch(model, PATCH, generator_for(0))
+    corrected = search.swept(model, [PATCH], generator_for(0), lambda *_: None)[0]
+    assert corrected.patch is not None and swept.patch is not None and torch.equal(corrected.patch, swept.patch)
+    scores = [search.score(model, h, generator_for(1)) for h in (swept, corrected)]
+    assert scores[1] <= 1.05 * scores[0] + 1e-3 and torch.equal(corrected.r, corrected.r * corrected.patch)

@@ -57,7 +57,7 @@ def bench_repairs(
         emit(
             repair_bench(
                 [(path, read_manifest(path)) for path in manifests], out=out, cache=cache, workers=workers, n=samples,
-                repairs=chosen(repair), data=chosen_data(data), only=model,
+                repairs=chosen_repairs(repair), data=chosen_data(data), only=model,
                 flags={"rescan": rescan, "harm": harm, "strength": strength}, progress=talk,
             ), None, talk,
         )  # fmt: skip
@@ -91,25 +91,26 @@ def repairs_row(
         if name not in {entry.id for entry in read.entries()}:
             raise ElijahError(f"{manifest}: has no model {name}")
         flags = {"rescan": rescan, "harm": harm, "strength": strength}
-        run_model(read, name, cache / read.name, out, samples, chosen(repair), chosen_data(data), flags)
+        run_model(read, name, cache / read.name, out, samples, chosen_repairs(repair), chosen_data(data), flags)
         return 0
 
     run(body, quiet=quiet, verbose=verbose)
 
 
-def chosen(names: list[str] | None) -> list[str]:
-    """The repairs asked for; without any, all. Raises ElijahError for an unknown one."""
+def chosen_repairs(names: list[str] | None) -> list[str]:
     from elijah.repairs import REPAIRS
 
-    if unknown := [name for name in names or () if name not in REPAIRS]:
-        raise ElijahError(f"unknown repair {unknown[0]!r}: use one of {', '.join(REPAIRS)}")
-    return names or list(REPAIRS)
+    return chosen(names, list(REPAIRS), "repair")
 
 
-def chosen_data(kinds: list[str] | None) -> list[str]:
-    """The sorts of images asked for; without any, all. Raises ElijahError for an unknown one."""
+def chosen_data(names: list[str] | None) -> list[str]:
     from elijah.judging_repairs import DATA
 
-    if unknown := [kind for kind in kinds or () if kind not in DATA]:
-        raise ElijahError(f"unknown data {unknown[0]!r}: use one of {', '.join(DATA)}")
-    return kinds or list(DATA)
+    return chosen(names, list(DATA), "data")
+
+
+def chosen(names: list[str] | None, known: list[str], what: str) -> list[str]:
+    """The names asked for; without any, all that are known. Raises ElijahError for an unknown one."""
+    if unknown := [name for name in names or () if name not in known]:
+        raise ElijahError(f"unknown {what} {unknown[0]!r}: use one of {', '.join(known)}")
+    return names or known

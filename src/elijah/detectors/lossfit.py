@@ -38,7 +38,8 @@ class LossFit:
     samples: how many the output test draws a sampler, half as many where one is costly (exploding). max_shift_p:
     outputs with and without the trigger count as changed up to this p-value of being draws from one distribution.
     Where a loss nearly fits and the outputs do not say so, what else could fire is tested (alternatives), in the end
-    after a fit by gradient from there (refine_iterations) and under more samplers (careful_*).
+    after a fit by gradient from there (refine_iterations of Adam, its rate from refine_rate to a fifth of it) and under
+    more samplers (careful_*).
     """
 
     kinds: ClassVar = ("ddpm", "ncsn", "ldm")
@@ -112,7 +113,10 @@ class LossFit:
             yield self.refine(model, near[0], generator), True
 
     def refine(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
-        """h after Adam on the loss itself, over r and y: small errors of r are enough to keep it from firing."""
+        """h after Adam on the loss itself, over r and y: small errors of r are enough to keep it from firing.
+
+        h as it is where that leaves its family: the laxer threshold of a faint one is not for strong triggers.
+        """
         better = h.scaled(1.0)
         r, y = (x.clone().requires_grad_(True) for x in (h.r, h.y))
         optimizer = torch.optim.Adam([r, y])
@@ -126,6 +130,8 @@ class LossFit:
             optimizer.step()
         better.set_trigger(r.detach())
         better.lead_to(y.detach())
+        if better.too_large:
+            return h
         better.loss_ratio = self.search.score(model, better, generator)
         return better
 
