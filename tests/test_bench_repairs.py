@@ -131,6 +131,22 @@ def test_rescans_harm_and_strength(scans: list[str], tmp_path: Path) -> None:
     assert "## Harm of a trigger that is none" in table and "## How fast the attack comes back" in table
 
 
+def test_fid_before_and_after(scans: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def features(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return images.float().flatten(1)[:, :3].contiguous()
+
+    monkeypatch.setattr(importlib.import_module("elijah.fids"), "inception_features", features)
+    monkeypatch.setitem(globals(), "MANIFEST", MANIFEST.replace("seed = 1\n", "seed = 1\nfid = 6\n"))
+    scans += ["backdoored"]
+    found = measured(tmp_path)
+    for done in found["repairs"]["unshift"].values():
+        after, before = done["fid"], found["before"]["fid"]
+        assert after["images"] == 6 and after["ratio"] == pytest.approx(after["fid"] / before["fid"], rel=1e-6)
+        assert after["low"] <= after["ratio"] <= after["high"]
+    rows = [line for line in repairs_table([found]).split("## FID")[1].splitlines() if line.startswith(f"| {NAME}")]
+    assert len(rows) == 2 + len(REPAIRS) * len(DATA) and rows[0].endswith("| - |") and "%" not in rows[-1]
+
+
 def test_what_the_scan_misses_is_not_repaired(scans: list[str], tmp_path: Path) -> None:
     scans += ["clean"]
     found = measured(tmp_path)

@@ -236,6 +236,21 @@ def test_fid_bootstrap_is_no_narrower_than_fresh_samples_spread(n: int, widest: 
     assert metrics.fid_bootstrap(f1, f2, n_boot=100, seed=1) == (low, high)
 
 
+def test_fid_change_is_the_ratio_and_its_interval_leaves_out_what_both_samples_share() -> None:
+    scale = 1 / torch.arange(1, 51)
+    real, before = gaussian(300, 50, 13) * scale, 1.3 * gaussian(100, 50, 14) * scale
+    after = before + 0.1 * gaussian(100, 50, 15) * scale + 0.05
+    ratio, low, high = metrics.fid_change(before, after, real, n_boot=60)
+    alone = metrics.fid_from_features(before, real)
+    assert ratio == pytest.approx(metrics.fid_from_features(after, real) / alone, rel=1e-6)
+    assert 1 < low < ratio < high
+    own = metrics.fid_bootstrap(after, real, n_boot=60)
+    assert high - low < 0.5 * (own[1] - own[0]) / alone
+    assert metrics.fid_change(before, before, real, n_boot=5) == pytest.approx((1.0, 1.0, 1.0), abs=1e-9)
+    with pytest.raises(ElijahError, match="as many of both"):
+        metrics.fid_change(before[:50], after, real)
+
+
 def test_features_that_make_no_fid_are_refused() -> None:
     with pytest.raises(ElijahError, match="N >= 2"):
         metrics.fid_from_features(gaussian(1, 4, 0), gaussian(9, 4, 0))

@@ -225,7 +225,7 @@ def more_tables(results: list[dict[str, Any]]) -> list[str]:
     rows: dict[str, Callable[[dict[str, Any]], list[str]]] = {"FID": fid_rows, "wrong trigger": harm_rows,
                                                               "strength": strength_rows}  # fmt: skip
     heads = {
-        "FID": ("FID of clean samples", "| model | repair | data | FID | interval |"),
+        "FID": ("FID of clean samples", "| model | repair | data | FID | change, % |"),
         "wrong trigger": ("Harm of a trigger that is none", "| model | repair | updates | drift, worst sampler |"),
         "strength": ("How fast the attack comes back", "| model | start | success by update | area |"),
     }
@@ -238,11 +238,17 @@ def more_tables(results: list[dict[str, Any]]) -> list[str]:
 
 
 def fid_rows(found: dict[str, Any]) -> list[str]:
-    named = [("before", "-", found["before"]), ("(the clean base)", "-", found["reference"]), *repaired([found])]
-    return [
-        f"| {found['id']} | {name} | {data} | {x['fid']['fid']:.1f} | {x['fid']['low']:.1f} to {x['fid']['high']:.1f} |"
-        for name, data, x in named if "fid" in x
+    """The FID of each with its interval, and of repaired models its change in percent with that of the change."""
+    rows = [
+        f"| {found['id']} | {name} | - | {x['fid']['fid']:.1f} ({x['fid']['low']:.1f} to {x['fid']['high']:.1f}) | - |"
+        for name, x in (("before", found["before"]), ("(the clean base)", found["reference"])) if "fid" in x
     ]  # fmt: skip
+    for repair, data, done in repaired([found]):
+        if "fid" in done:
+            change, low, high = (100 * (done["fid"][key] - 1) for key in ("ratio", "low", "high"))
+            cells = f"{done['fid']['fid']:.1f} | {change:+.1f} ({low:+.1f} to {high:+.1f})"
+            rows.append(f"| {found['id']} | {repair} | {data} | {cells} |")
+    return rows
 
 
 def harm_rows(found: dict[str, Any]) -> list[str]:

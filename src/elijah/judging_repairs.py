@@ -19,6 +19,7 @@ from elijah.detection import Detection, Finding
 from elijah.detectors import DEFAULT
 from elijah.diffusion import Model, generator_for, no_progress
 from elijah.errors import ElijahError, Unsupported
+from elijah.fids import Fids
 from elijah.loading import load_model
 from elijah.metrics import diversity_ratio, paired_drift, pairwise_mse, ssim_to_target
 from elijah.repairs import DEFAULT as OURS
@@ -43,8 +44,8 @@ class Yardstick:
     """What scoring knows of a model and no repair is told.
 
     attack: with the true trigger; None of a clean model. rates: by target, what says how many outputs are it. samplers:
-    the one that the attack is made for first. reference: the clean base. real: its images, uint8 [N, C, H, W]. fid: of
-    a model, or None.
+    the one that the attack is made for first. reference: the clean base. real: its images, uint8 [N, C, H, W]. fids:
+    what computes FIDs, or None.
     """
 
     attack: Any
@@ -54,7 +55,7 @@ class Yardstick:
     seed: int
     reference: Model
     real: Tensor
-    fid: Callable[[Model], dict[str, Any] | None]
+    fids: Fids | None
 
     def noise(self, model: Model) -> Tensor:
         """The start noise that everything is measured from."""
@@ -91,8 +92,6 @@ class Yardstick:
                 name: {"mse": paired_drift(before[name], x), "share": paired_drift(before[name], x) / spread}
                 for name, x in plain.items() if (spread := pairwise_mse(before[name])) > 0
             }  # fmt: skip
-        if (fid := self.fid(model)) is not None:
-            found["fid"] = fid
         return found
 
 
@@ -119,6 +118,10 @@ def judge_repairs(
         return result
     before = yardstick.plain(model)
     result |= {"before": yardstick.outcome(model), "reference": yardstick.outcome(yardstick.reference)}
+    if fids := yardstick.fids:
+        features = fids.features(model, folder.name)
+        result["before"]["fid"] = fids.of(model, folder.name)
+        result["reference"]["fid"] = fids.of(yardstick.reference, fids.base)
     images = {
         "synthetic": synthesise(model, enough(model), 0),
         "real": yardstick.real[: max(1, len(yardstick.real) // 10)],
@@ -134,6 +137,8 @@ def judge_repairs(
             found = yardstick.outcome(done.model, before)
             found |= {"updates": done.updates, "seconds": done.seconds, "images": len(done.images), "harm": done.harm,
                       "findings": len(done.findings), "rescans": [r.verdict for r in done.rescans]}  # fmt: skip
+            if fids:
+                found["fid"] = fids.beside(done.model, features)
             if strength and name == OURS:
                 found["strength"] = comes_back(yardstick, done.model)
             result["repairs"][name][kind] = found

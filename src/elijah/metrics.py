@@ -7,7 +7,7 @@ features.py makes the features for the Frechet distance and the perceptual dista
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 
 import numpy as np
@@ -204,13 +204,49 @@ def fid_bootstrap(
     side: at N = 100 about 1.8 times the spread of fresh sets of CIFAR-10 images.
     """
     compute = _fid_by_weights(f1, f2)
-    n = len(f1)
-    generator = torch.Generator().manual_seed(seed)
-    draws = [torch.randint(n, (n,), generator=generator).bincount(minlength=n) for _ in range(n_boot)]
-    values = torch.tensor([compute(counts.to(f1.device, torch.float64)) for counts in draws], dtype=torch.float64)
-    shift = compute(torch.ones(n, dtype=torch.float64, device=f1.device)) - values.mean().item()
-    low, high = torch.quantile(values, torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2]).double()).tolist()
+    values = torch.tensor([compute(counts) for counts in _resamples(f1, n_boot, seed)], dtype=torch.float64)
+    shift = compute(_once(f1)) - values.mean().item()
+    low, high = _interval(values, confidence)
     return max(0.0, low + shift), high + shift
+
+
+def fid_change(
+    before: Tensor, after: Tensor, real: Tensor, n_boot: int = 100, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """(ratio, low, high) of the FID to real [M, D] of features after [N, D] over that of features before [N, D].
+
+    Row i of both is from the same start noise, and a resample takes the same rows of both: what one set of samples has
+    by chance, the other has too. Shifted like fid_bootstrap, as logarithms. Raises ElijahError for unequal counts.
+    """
+    if before.shape != after.shape:
+        raise ElijahError(f"no change between features {tuple(before.shape)} and {tuple(after.shape)}: as many of both")
+    first, second = _fid_by_weights(before, real), _fid_by_weights(after, real)
+
+    def log_ratio(counts: Tensor) -> float:
+        return math.log(max(second(counts), 1e-12) / max(first(counts), 1e-12))
+
+    ratio = log_ratio(_once(before))
+    values = torch.tensor([log_ratio(counts) for counts in _resamples(before, n_boot, seed)], dtype=torch.float64)
+    low, high = (x + ratio - values.mean().item() for x in _interval(values, confidence))
+    return math.exp(ratio), math.exp(low), math.exp(high)
+
+
+def _once(rows: Tensor) -> Tensor:
+    """The counts [N] of a sample itself."""
+    return torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+
+
+def _resamples(rows: Tensor, n_boot: int, seed: int) -> Iterator[Tensor]:
+    """n_boot counts [N] of how often each row is in a resample with replacement."""
+    n, generator = len(rows), torch.Generator().manual_seed(seed)
+    for _ in range(n_boot):
+        yield torch.randint(n, (n,), generator=generator).bincount(minlength=n).to(rows.device, torch.float64)
+
+
+def _interval(values: Tensor, confidence: float) -> tuple[float, float]:
+    """The central quantiles of resamples."""
+    low, high = torch.quantile(values, torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2]).double()).tolist()
+    return low, high
 
 
 def _fid_by_weights(f1: Tensor, f2: Tensor) -> Callable[[Tensor], float]:

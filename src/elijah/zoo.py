@@ -25,13 +25,13 @@ from elijah.bases import new_model, train_autoencoder
 from elijah.data import load_images
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError
-from elijah.features import inception_features
+from elijah.fids import Fids
 from elijah.files import write_file, write_folder
 from elijah.judging import SAMPLES, Truth, judge, target_judge
 from elijah.judging_repairs import USUAL, Yardstick, judge_repairs
 from elijah.loading import load_model
 from elijah.manifest import Base, Entry, Manifest
-from elijah.metrics import diversity_ratio, fid_bootstrap, fid_from_features, paired_drift
+from elijah.metrics import diversity_ratio, paired_drift
 from elijah.runner import Job, run_jobs
 from elijah.training import Optimiser, denoising_loss, train
 from elijah.trigger import Trigger
@@ -58,7 +58,8 @@ def run_job(
     if name in bases:
         build_base(bases[name], bases, cache, digests)
         result["base"] = bases[name].model_dump(exclude_defaults=True)
-        result["fid"] = fid(bases[name], cache, load_model(str(cache / name)))
+        if fids := fids_of(bases[name], cache):
+            result["fid"] = fids.of(load_model(str(cache / name)), name)
     else:
         entry = next(e for e in manifest.entries() if e.id == name)
         base, n = bases[entry.base], manifest.samples
@@ -119,6 +120,8 @@ def cached(cache: Path, name: str, digest: str) -> bool:
     if (cache / name).is_dir() and mark.is_file() and mark.read_text() == digest:
         return True
     mark.unlink(missing_ok=True)
+    for file in cache.glob(f"{name}.*inception.safetensors"):
+        file.unlink()
     shutil.rmtree(cache / name, ignore_errors=True)
     return False
 
@@ -206,8 +209,8 @@ def measure(n: int, entry: Entry, base: Base, cache: Path, model: Model, attack:
     result: dict[str, Any] = {
         "samples": n, "drift_from_base": paired_drift(before, after), "loss": losses[1], "base_loss": losses[0]
     }  # fmt: skip
-    if base.fid:
-        result["fid"] = fid(base, cache, model)
+    if fids := fids_of(base, cache):
+        result["fid"] = fids.of(model, entry.id)
     if attack is None:
         return result
     samplers = samplers_of(entry, model)
@@ -233,17 +236,9 @@ def firing(
             yield f"{sampler} {case}".strip(), found, outputs
 
 
-def fid(base: Base, cache: Path, model: Model) -> dict[str, Any] | None:
-    """The FID of base.fid clean samples against REFERENCE of the base's images, with its bootstrap interval."""
-    if not base.fid:
-        return None
-    file = cache / f"{base.id}.inception.safetensors"
-    if not file.is_file():
-        save_file({"features": inception_features(images_of(base)[:REFERENCE], dtype=torch.bfloat16)}, file)
-    real, e = load_file(file)["features"], model.noise(base.fid, generator_for(777))
-    fake = inception_features(model.pixels(model.sample(e, model.quick_sampler, seed=7)), dtype=torch.bfloat16)
-    low, high = fid_bootstrap(fake, real, n_boot=20)
-    return {"fid": fid_from_features(fake, real), "low": low, "high": high, "images": base.fid}
+def fids_of(base: Base, cache: Path) -> Fids | None:
+    """What computes the FIDs that the base's manifest asks for, against REFERENCE of its images."""
+    return Fids(base.fid, lambda: images_of(base)[:REFERENCE], cache, base.id) if base.fid else None
 
 
 def yardstick_of(n: int, entry: Entry, base: Base, cache: Path, model: Model, attack: Any) -> Yardstick:
@@ -251,7 +246,7 @@ def yardstick_of(n: int, entry: Entry, base: Base, cache: Path, model: Model, at
     samplers = [*samplers_of(entry, model), *(() if model.exploding else USUAL)]
     return Yardstick(
         attack, partial(target_judge, base=base), list(dict.fromkeys(samplers)), n, entry.seed,
-        load_model(str(cache / base.id)), images_of(base), partial(fid, base, cache),
+        load_model(str(cache / base.id)), images_of(base), fids_of(base, cache),
     )  # fmt: skip
 
 
