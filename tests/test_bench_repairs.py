@@ -81,7 +81,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
-def measured(folder: Path, attack: tuple[str, str] = VILLAN, **flags: bool) -> dict[str, Any]:
+def measured(folder: Path, attack: tuple[str, str] = VILLAN, fid: int = 0, **flags: bool) -> dict[str, Any]:
     """The result of the manifest's model."""
     path = folder / "tiny.toml"
     path.write_text(MANIFEST.replace("ATTACK", attack[0]).replace("KNOBS", attack[1]))
@@ -89,7 +89,8 @@ def measured(folder: Path, attack: tuple[str, str] = VILLAN, **flags: bool) -> d
     name = manifest.entries()[0].id
     for home in (out, folder / "cache" / "tiny"):
         home.mkdir(parents=True, exist_ok=True)
-    bench_repairs.run_model(manifest, name, folder / "cache" / "tiny", out, 4, list(REPAIRS), list(DATA), FLAGS | flags)
+    cache, repairs = folder / "cache" / "tiny", list(REPAIRS)
+    bench_repairs.run_model(manifest, name, cache, out, 4, repairs, list(DATA), fid, FLAGS | flags)
     result: dict[str, Any] = json.loads((out / f"{name}.json").read_text())
     return result
 
@@ -136,9 +137,8 @@ def test_fid_before_and_after(scans: list[str], tmp_path: Path, monkeypatch: pyt
         return images.float().flatten(1)[:, :3].contiguous()
 
     monkeypatch.setattr(importlib.import_module("elijah.fids"), "inception_features", features)
-    monkeypatch.setitem(globals(), "MANIFEST", MANIFEST.replace("seed = 1\n", "seed = 1\nfid = 6\n"))
     scans += ["backdoored"]
-    found = measured(tmp_path)
+    found = measured(tmp_path, fid=6)
     for done in found["repairs"]["unshift"].values():
         after, before = done["fid"], found["before"]["fid"]
         assert after["images"] == 6 and after["ratio"] == pytest.approx(after["fid"] / before["fid"], rel=1e-6)

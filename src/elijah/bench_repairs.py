@@ -28,18 +28,18 @@ FLAGS = ("rescan", "harm", "strength")
 
 def run_model(
     manifest: Manifest, name: str, cache: Path, out: Path, n: int, repairs: list[str], data: list[str],
-    flags: dict[str, bool],
+    fid: int, flags: dict[str, bool],
 ) -> None:  # fmt: skip
-    """Scans one model, repairs it in every way and measures each: out/NAME.json."""
+    """Scans one model, repairs it in every way and measures each: out/NAME.json. fid: samples of FIDs; 0: the base's"""
     began = time.monotonic()
     digests, bases = manifest.digests(), {base.id: base for base in manifest.base}
     entry = next(e for e in manifest.entries() if e.id == name)
-    base = bases[entry.base]
+    base = bases[entry.base].model_copy(update={"fid": fid} if fid else {})
     model, attack = build(entry, bases, cache, digests)
     build_base(base, bases, cache, digests)
     yardstick = yardstick_of(n, entry, base, cache, model, attack)
     result = {"schema_version": 1, "id": name, "settings_sha256": digests[name], "label": label(entry, base),
-              "samples": n, "asked": sorted(repairs), "data": sorted(data), "flags": flags,
+              "samples": n, "asked": sorted(repairs), "data": sorted(data), "fid": base.fid, "flags": flags,
               **judge_repairs(cache / name, yardstick, repairs, data, **flags)}  # fmt: skip
     result["total_seconds"] = round(time.monotonic() - began, 1)
     write_file(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
@@ -47,7 +47,7 @@ def run_model(
 
 def repair_bench(
     manifests: list[Read], *, out: Path, cache: Path, workers: int, n: int, repairs: list[str], data: list[str],
-    only: str = "", flags: dict[str, bool], progress: Progress = no_progress,
+    only: str = "", fid: int = 0, flags: dict[str, bool], progress: Progress = no_progress,
 ) -> str:  # fmt: skip
     """Runs what has no result yet, writes out/repairs.md and returns it.
 
@@ -70,6 +70,7 @@ def repair_bench(
             same
             and set(repairs) <= set(found["asked"])
             and set(data) <= set(found.get("data", DATA))
+            and (not fid or found.get("fid") == fid)
             and all(asked[flag] >= flags[flag] for flag in FLAGS)
         )
 
@@ -77,7 +78,7 @@ def repair_bench(
         part for kind in data for part in ("--data", kind)
     ]
     options += [f"--{flag}" for flag in FLAGS if flags[flag]]
-    places = ("--out", str(out), "--cache", str(cache), "--samples", str(n))
+    places = ("--out", str(out), "--cache", str(cache), "--samples", str(n), "--fid", str(fid))
     jobs = [
         Job(name, ("-m", "elijah", "bench", "repairs-row", str(path), name, *places, *options))
         for name, (path, _) in homes.items()

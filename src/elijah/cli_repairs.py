@@ -30,6 +30,9 @@ DataOption = Annotated[
 RescanOption = Annotated[bool, typer.Option("--rescan", help="Rescan after unshift, and repair what is found then.")]
 HarmOption = Annotated[bool, typer.Option("--harm", help="Repair a trigger that is none, too, and measure the drift.")]
 StrengthOption = Annotated[bool, typer.Option("--strength", help="Attack again, and measure how fast it succeeds.")]
+FidOption = Annotated[
+    int, typer.Option("--fid", min=0, help="Samples of each FID. 0: what the manifest says, which may be none.")
+]
 
 
 @bench_app.command("repairs")
@@ -42,6 +45,7 @@ def bench_repairs(
     cache: CacheOption = Path("cache"),
     workers: WorkersOption = 1,
     samples: SamplesOption = 64,
+    fid: FidOption = 0,
     rescan: RescanOption = False,
     harm: HarmOption = False,
     strength: StrengthOption = False,
@@ -57,7 +61,7 @@ def bench_repairs(
         emit(
             repair_bench(
                 [(path, read_manifest(path)) for path in manifests], out=out, cache=cache, workers=workers, n=samples,
-                repairs=chosen_repairs(repair), data=chosen_data(data), only=model,
+                repairs=chosen_repairs(repair), data=chosen_data(data), only=model, fid=fid,
                 flags={"rescan": rescan, "harm": harm, "strength": strength}, progress=talk,
             ), None, talk,
         )  # fmt: skip
@@ -75,6 +79,7 @@ def repairs_row(
     repair: ChosenOption = None,
     data: DataOption = None,
     samples: SamplesOption = 64,
+    fid: FidOption = 0,
     rescan: RescanOption = False,
     harm: HarmOption = False,
     strength: StrengthOption = False,
@@ -91,7 +96,7 @@ def repairs_row(
         if name not in {entry.id for entry in read.entries()}:
             raise ElijahError(f"{manifest}: has no model {name}")
         flags = {"rescan": rescan, "harm": harm, "strength": strength}
-        run_model(read, name, cache / read.name, out, samples, chosen_repairs(repair), chosen_data(data), flags)
+        run_model(read, name, cache / read.name, out, samples, chosen_repairs(repair), chosen_data(data), fid, flags)
         return 0
 
     run(body, quiet=quiet, verbose=verbose)

@@ -56,7 +56,7 @@ class Fids:
         return self.kept(f"{self.base}.images", lambda: inception_features(self.images(), dtype=torch.bfloat16))
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        file = self.home / f"{name}.inception.safetensors"
+        file = self.home / f"{name}.{self.n}.inception.safetensors"
         if not file.is_file():
             save_file({"features": make()}, file)
         return load_file(file)["features"]
