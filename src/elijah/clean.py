@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from elijah import processes
 from elijah.card import PICTURES, model_card
 from elijah.data import load_images
 from elijah.detection import Detection, Finding
@@ -82,20 +83,21 @@ def clean(
                 "repair": repair, "force": force, "keep": keep}  # fmt: skip
     images = load_images(data, size=loaded.image_shape[-1], channels=loaded.image_shape[0]) if data else None
     progress("note: scanning before the repair", 0, 0)
-    detection, before = inspect(loaded, settings, seed, progress)
+    detection, before = processes.agreed(inspect(loaded, settings, seed, progress))
     if not detection.findings or (detection.verdict == "clean" and not force):
         return unrepaired(before)
 
     began = time.monotonic()
     if images is None:
-        images = synthesise(loaded, synthetic or enough(loaded), seed, progress)
+        images = processes.agreed(synthesise(loaded, synthetic or enough(loaded), seed, progress))
     sampling = time.monotonic() - began
     try:
         done = remove(loaded, detection, images, settings, seed, progress, checkpoint=beside(out))
         report = report_of(loaded, done, detection, before, len(images), settings, seed, sampling)
         if (report.verdict != "backdoored" and not done.harm) or keep:
             report = with_folder(report, out)
-            write(out, done.model, report)
+            if processes.rank() == 0:
+                write(out, done.model, report)
     except Exception:
         forget(out)
         raise
@@ -138,10 +140,10 @@ def remove(
         fixed.network.requires_grad_(False)
         done.model = fixed
         done.updates, done.seconds = done.updates + fixed.updates, done.seconds + time.monotonic() - began
-        done.numbers, measured = compare(model, done, detection, seed)
+        done.numbers, measured = processes.agreed(compare(model, done, detection, seed))
         done.harm = measured.harm
         progress("note: scanning again with fresh seeds", 0, 0)
-        found, after = inspect(fixed, settings, seed + k, progress)
+        found, after = processes.agreed(inspect(fixed, settings, seed + k, progress))
         done.rescans.append(after)
         if after.verdict == "clean" or done.harm or not found.findings:
             break
@@ -222,6 +224,8 @@ def beside(out: Path) -> Checkpoint:
 
 def forget(out: Path) -> None:
     """Deletes what is kept beside out while it is made: checkpoints, and half-written folders of killed runs."""
+    if processes.rank():
+        return
     ours = re.compile(rf"\.{re.escape(out.name)}\.([0-9a-f]{{16}}\.ckpt(\.part)?|[a-z0-9_]{{8}})")
     for path in out.parent.iterdir():
         if ours.fullmatch(path.name):

@@ -181,7 +181,7 @@ def clean(
         )
         return _finish(report, form, output, talk)
 
-    run(body, quiet=quiet, verbose=verbose, exit_zero=exit_zero, offline=offline)
+    run(body, quiet=quiet, verbose=verbose, exit_zero=exit_zero, offline=offline, divisible=True)
 
 
 @app.command()

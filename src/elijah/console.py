@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TextIO
 
 import typer
 
+from elijah import processes
 from elijah.errors import ElijahError
 from elijah.files import write_file
 
@@ -101,12 +102,18 @@ def run(
     verbose: bool = False,
     exit_zero: bool = False,
     offline: bool = False,
+    divisible: bool = False,
 ) -> NoReturn:
-    """Runs a command's body and exits with its code, or with that of its error; nothing else reaches stdout."""
+    """Runs a command's body and exits with its code, or with that of its error; nothing else reaches stdout.
+
+    divisible: whether several processes may share the work; then the first one alone talks and writes.
+    """
     _hush(quiet, verbose, offline)
-    talk = Talk(quiet, verbose)
+    talk = Talk(quiet or processes.rank() > 0, verbose)
     code = 2
     try:
+        if processes.count() > 1 and not divisible:
+            raise ElijahError("this command runs in one process; several can share `elijah clean` alone")
         with contextlib.redirect_stdout(sys.stderr):
             code = body(talk)
             talk.stdout.flush()
@@ -143,6 +150,8 @@ def _hush(quiet: bool, verbose: bool, offline: bool) -> None:
 def emit(text: str, output: Path | None, talk: Talk) -> None:
     """text to stdout, or to a file that is there in full or not at all."""
     talk.close()
+    if processes.rank():
+        return
     if output is None:
         if hasattr(talk.stdout, "buffer"):
             talk.stdout.flush()

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 
+from elijah import processes
 from elijah.allowed import (
     AUTOENCODERS,
     BUILD_ERRORS,
@@ -106,9 +107,10 @@ def _explodes(scheduler: Any) -> bool:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called name; raises ElijahError when it is not there."""
+    """The device called name, auto: of several processes each its own; raises ElijahError when it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = processes.device() or name
     try:
         device = torch.device(name)
         torch.empty(1, device=device).fill_(0)

@@ -1,6 +1,7 @@
 """The optimisation loop that training, attacks and repairs share, and the training of a clean base.
 
-Update k of a run draws all its randomness from (seed, k), so a run that was killed goes on as if it had not been.
+Update k of a run draws all its randomness from (seed, k), so a run that was killed goes on as if it had not been. Of
+several processes (processes.py) each draws its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from elijah import processes
 from elijah.bases import new_model
 from elijah.data import batch
 from elijah.diffusion import Model, Progress, generator_for, no_progress, thaw
@@ -60,11 +62,12 @@ def optimise(
     parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule, "ema": ema}
     first = model.updates = _resume(checkpoint, parts, settings) if checkpoint else 0
     for k in range(first, settings.steps):
-        value = loss(model, generator_for(seed, k))
+        value = loss(model, generator_for(seed, k + settings.steps * processes.rank()))
         if not torch.isfinite(value):
             raise ElijahError(f"{what}: the loss is not finite after {k} updates; try a smaller --lr")
         optimizer.zero_grad()
         torch.autograd.backward(value)
+        processes.average(network.parameters())
         torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
         optimizer.step()
         schedule.step()
@@ -72,9 +75,9 @@ def optimise(
         if ema:
             ema.step(network.parameters())
         progress(f"{what}, loss {value.item():.4f}", k + 1, settings.steps)
-        if stop and stop(k + 1, model):
+        if stop and processes.agreed(stop(k + 1, model)):
             break
-        if checkpoint and (k + 1) % settings.checkpoint_every == 0:
+        if checkpoint and (k + 1) % settings.checkpoint_every == 0 and processes.rank() == 0:
             _write_checkpoint(checkpoint, parts, k + 1, settings)
     if ema:
         ema.copy_to(network.parameters())

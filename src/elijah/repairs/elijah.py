@@ -12,6 +12,7 @@ from torch import Tensor
 from elijah.data import batch
 from elijah.detection import Finding
 from elijah.diffusion import Model, Progress, no_progress
+from elijah.processes import share_of
 from elijah.training import Optimiser, denoising_loss, optimise
 
 LEAST = 60  # updates; 11 epochs of a hundred images would be ten
@@ -50,7 +51,7 @@ class Elijah:
         steps = self.steps or max(LEAST, self.epochs * len(images) // self.batch_size)
 
         def loss(m: Model, g: torch.Generator) -> Tensor:
-            x0 = batch(rows, self.batch_size, g)
+            x0 = batch(rows, share_of(self.batch_size), g)
             e = torch.randn(x0.shape, generator=g).to(m.device)
             last = torch.full((len(e),), m.T - 1, device=m.device)
             with torch.no_grad():

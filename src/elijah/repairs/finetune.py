@@ -12,6 +12,7 @@ from torch import Tensor
 from elijah.data import batch
 from elijah.detection import Finding
 from elijah.diffusion import Model, Progress, no_progress
+from elijah.processes import share_of
 from elijah.training import Optimiser, denoising_loss, optimise
 
 
@@ -46,6 +47,6 @@ class FineTune:
         seed = int(torch.randint(2**62, (1,), generator=generator))
         settings = Optimiser(self.steps, lr=self.lr, warmup=min(self.warmup, self.steps // 2))
         return optimise(
-            model, lambda m, g: denoising_loss(m, batch(rows, self.batch_size, g), g), settings,
+            model, lambda m, g: denoising_loss(m, batch(rows, share_of(self.batch_size), g), g), settings,
             seed=seed, checkpoint=checkpoint, progress=progress, what="repairing", stop=each,
         )  # fmt: skip

@@ -34,6 +34,7 @@ from elijah.data import batch
 from elijah.detection import Finding
 from elijah.diffusion import Model, Progress, column, generator_for, no_progress
 from elijah.metrics import diversity_ratio, paired_drift, pairwise_mse
+from elijah.processes import share_of
 from elijah.response import poisoned, trigger_coefficient, trigger_scale
 from elijah.training import Optimiser, optimise
 
@@ -84,7 +85,7 @@ class Unshift:
         seed = int(torch.randint(2**62, (1,), generator=generator))
 
         def loss(m: Model, g: torch.Generator) -> Tensor:
-            return self.loss(m, model, findings, batch(rows, self.batch_size, g), g)
+            return self.loss(m, model, findings, batch(rows, share_of(self.batch_size), g), g)
 
         def enough(k: int, m: Model) -> bool:
             if self.check_every == 0 or k % self.check_every or k == self.steps or model.exploding:
