@@ -197,7 +197,8 @@ def test_the_summary_has_intervals() -> None:
          "repairs": {"unshift": {"synthetic": outcome(asr, 0, 1.0) | done}}}
         for k, asr in enumerate((0.0, 0.0, 0.0, 0.5))
     ]  # fmt: skip
-    results.append({"id": "missed", "scan": {"verdict": "clean"}, "repairs": {}})
+    missed = {"id": "missed", "scan": {"verdict": "clean"}, "repairs": {}, "data": ["synthetic"]}
+    results += [missed | {"asked": ["unshift"]}, missed | {"asked": ["prune"]}]
     table = repairs_table(results)
     row = (
         "| unshift | synthetic | 4 | 75 (30 to 95) | 60 (23 to 88) | 75 (30 to 95) | 100 (51 to 100) | 100 (51 to 100)"

@@ -188,13 +188,19 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
             own = [(found, done) for found in results for r, d, done in repaired([found])
                    if (r, d) == (repair, data) and "failed" not in done]  # fmt: skip
             if own:
-                cells = " | ".join(summary_cells(own, len(results)))
+                missed = [found for found in results if "before" not in found and is_asked(found, repair, data)]
+                cells = " | ".join(summary_cells(own, len(own) + len(missed)))
                 lines.append(f"| {repair} | {data} | {len(own)} | {cells} |")
     return lines
 
 
+def is_asked(found: dict[str, Any], repair: str, data: str) -> bool:
+    """Whether the repair with these data was to be tried on the model."""
+    return repair in found["asked"] and data in found.get("data", DATA)
+
+
 def summary_cells(own: list[tuple[dict[str, Any], dict[str, Any]]], models: int) -> list[str]:
-    """The cells of a repair's row in the summary. own: its (result, outcome) pairs; models: how many there are."""
+    """The cells of a repair's row in the summary. own: its (result, outcome) pairs; models: it was to be tried on."""
     n, outcomes = len(own), [done for _, done in own]
     gone, nearly = (sum(is_gone(done, limit) for done in outcomes) for limit in (STRICT, "0.05"))
     diverse = sum(is_diverse(done) for done in outcomes)
