@@ -126,6 +126,18 @@ def test_other_commands_say_that_they_are_not_divided(
     assert "this command runs in one process; several can share `elijah clean` alone" in capsys.readouterr().err
 
 
+def test_several_processes_choose_their_devices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["clean", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "--device cpu: several processes take a GPU each, or all the CPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for own, name in (("1", "cuda:1"), ("2", "")):
+        monkeypatch.setenv("LOCAL_RANK", own)
+        assert processes.device() == name
+
+
 def test_a_single_process_takes_all_rows_and_its_own_word(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.share_of(32) == 32 and processes.agreed("x") == "x" and processes.device() == ""
     monkeypatch.setenv("WORLD_SIZE", "4")

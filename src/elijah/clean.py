@@ -72,6 +72,8 @@ def clean(
     """
     if repair not in REPAIRS:
         raise ElijahError(f"unknown repair {repair!r}: use one of {', '.join(REPAIRS)}")
+    if processes.count() > 1 and device != "auto":
+        raise ElijahError(f"--device {device}: several processes take a GPU each, or all the CPU; leave --device out")
     if data and synthetic:
         raise ElijahError("--data and --synthetic exclude each other: give one")
     if dtype == "float16":
