@@ -132,13 +132,16 @@ def test_several_processes_choose_their_devices(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["clean", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
     assert "--device cpu: several processes take a GPU each, or all the CPU" in capsys.readouterr().err
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for own, name in (("1", "cuda:1"), ("2", "")):
-        monkeypatch.setenv("LOCAL_RANK", own)
-        assert processes.device() == name
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for gpus, name in ((2, "cuda:1"), (1, "")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert processes.device() == name  # one GPU for two: neither takes it, or they would wait for each other
 
 
 def test_a_single_process_takes_all_rows_and_its_own_word(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.share_of(32) == 32 and processes.agreed("x") == "x" and processes.device() == ""
+    monkeypatch.setenv("RANK", "3")  # as some clusters set it for every job
+    assert processes.rank() == 0
     monkeypatch.setenv("WORLD_SIZE", "4")
+    assert processes.rank() == 3
     assert processes.share_of(32) == 8 and processes.share_of(2) == 1

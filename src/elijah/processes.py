@@ -6,6 +6,7 @@ how the run goes on is the first process's; it alone writes. A single process is
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable
 from functools import cache
@@ -19,20 +20,20 @@ T = TypeVar("T")
 
 def count() -> int:
     """How many processes this run has, as the launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank() -> int:
-    """Which of them this one is; the first is 0."""
-    return int(os.environ.get("RANK", "0"))
+    """Which of them this one is; the first is 0. A RANK without a WORLD_SIZE is not ours."""
+    return int(os.environ.get("RANK") or 0) if count() > 1 else 0
 
 
 def device() -> str:
-    """This process's own GPU; "" where there is one process, or no GPU for each."""
+    """This process's own GPU; "" where there is one process, or not a GPU for each on this machine."""
     import torch
 
-    own = int(os.environ.get("LOCAL_RANK", "0"))
-    return f"cuda:{own}" if count() > 1 and torch.cuda.device_count() > own else ""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or count())
+    return f"cuda:{os.environ.get('LOCAL_RANK') or 0}" if count() > 1 and torch.cuda.device_count() >= here else ""
 
 
 def share_of(n: int) -> int:
@@ -60,12 +61,20 @@ def average(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def agreed(value: T) -> T:
-    """The first process's value. It is pickled between the processes of this run."""
+    """The first process's value, with tensors of its GPU on this process's own.
+
+    It is pickled between the processes of this run; nothing from elsewhere is.
+    """
     if count() == 1:
         return value
+    import torch
     from accelerate.utils import broadcast_object_list
 
     join()
-    values: list[T] = [value]
-    broadcast_object_list(values)
-    return values[0]
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    sent = [buffer.getvalue()]
+    broadcast_object_list(sent)
+    places = {"cuda:0": device()} if device() else None
+    own: T = torch.load(io.BytesIO(sent[0]), map_location=places, weights_only=False)
+    return own
