@@ -168,6 +168,26 @@ def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: st
     assert left < 1e-3 if s0 == 0.02 else left > 1e-3
 
 
+def test_clean_answers_are_held_with_the_weight_of_the_image_s_error() -> None:
+    """Of Gaussian data with other means, answers differ by s a (m' - m) / v: without a shift nothing else is left."""
+    model, reference = oracle(SHAPE, s0=0.5, seed=9), oracle(SHAPE, s0=0.5)
+    still = found(trigger=torch.zeros(SHAPE), distribution=True)
+    x0, g = torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5, generator_for(2)
+    t = ((0.2 + 0.8 * (torch.arange(4) + torch.rand(4, generator=g)) / 4) * 1000).long().repeat_interleave(16)
+    _, e_held = torch.randn((2, *x0.shape), generator=g)
+    t_held = torch.randint(1000, (64,), generator=g)
+    apart = (model.network.m - reference.network.m).square().mean()  # type: ignore[operator, union-attr]
+
+    def squared(at: torch.Tensor) -> torch.Tensor:
+        a, s = model.a[at], model.s[at]
+        return (s / a).square().clamp(1, 7) * (a * s / (a**2 * 0.25 + s**2)).square() * apart
+
+    fit = (model.eps(model.diffuse(x0, e_held, t_held), t_held) - e_held).square().mean()
+    repair = Unshift(group=16, most=7.0, hold=3.0, t_min=0.2)
+    loss = repair.loss(model, reference, [still], x0, generator_for(2)).item()
+    assert loss == pytest.approx((2 * squared(t).mean() + 3 * squared(t_held).mean() + fit).item(), rel=1e-3)
+
+
 def test_unshift_sees_a_backdoor_and_nothing_in_its_own_target() -> None:
     """Its loss at the true r, y is far above a clean network's; a reference that differs costs the second term."""
     r, y = found().trigger, found().target

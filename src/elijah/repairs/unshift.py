@@ -11,12 +11,13 @@ that is taken for noise, in the others. At smaller t, where y is seen through th
 answer the trigger with a grey mean of all images, which is a backdoor too. With eps0 a frozen copy of the input model,
 
     delta = eps(x + d, t) - eps0(x, t) - d / s
-    L = mean_t w (|delta|^2 + |mean_b delta|^2) + hold |eps(x, t') - eps0(x, t')|^2 + |eps(x, t') - e|^2
+    L = mean_t w (|delta|^2 + |mean_b delta|^2) + hold w' |eps(x, t') - eps0(x, t')|^2 + |eps(x, t') - e|^2
 
-with w = min(s^2 / a^2, most): s delta / a is the error of the image. The mean over the rows of one t is what the
-trigger does to all outputs alike: at large t it is far smaller than the network's other errors, and it decides where a
-sampler's first steps go. Of several findings the triggers take turns, row by row. Elijah's removal is |delta|^2 and the
-hold at t = T only, with its d / s missing.
+with w = min(max(s^2 / a^2, 1), most), w' the same at t': s delta / a is the error of the image. The mean over the rows
+of one t is what the trigger does to all outputs alike: at large t it is far smaller than the network's other errors, and
+it decides where a sampler's first steps go. What holds the clean answers needs the same weight: without it they move
+most at large t. Of several findings the triggers take turns, row by row. Elijah's removal is |delta|^2 and the hold at
+t = T only, with its d / s missing.
 
 Every few updates the model itself is asked whether the triggers are dead (alive, below); if so, the repair ends.
 """
@@ -52,7 +53,7 @@ class Unshift:
     evaluations each. dead_loss, dead_diversity, max_pull, max_drift: what ends it, as in alive and settled.
     """
 
-    steps: int = 100
+    steps: int = 200
     batch_size: int = 32
     lr: float | None = None
     warmup: int = 5
@@ -62,12 +63,12 @@ class Unshift:
     target_t_min: float = 0.7
     group: int = 8
     most: float = 10.0
-    hold: float = 2.0
-    check_every: int = 10
+    hold: float = 10.0
+    check_every: int = 20
     dead_loss: float = 0.4
     dead_diversity: float = 0.7
     max_pull: float = 0.05
-    max_drift: float = 0.15
+    max_drift: float = 0.05
 
     def __call__(
         self,
@@ -128,10 +129,10 @@ class Unshift:
         ).chunk(2)  # fmt: skip
         delta = out - expected - d_over_s
         alike = torch.stack([delta[which == k].mean(0) for k in range(groups)])[which]
-        weight = column((model.s / model.a).square().clamp(1, self.most), t)
+        weight, weight_held = (column((model.s / model.a).square().clamp(1, self.most), at) for at in (t, t_held))
         return (
             (weight * (delta.square() + alike.square())).mean()
-            + self.hold * (out_held - kept).square().mean()
+            + self.hold * (weight_held * (out_held - kept).square()).mean()
             + (out_held - e_held).square().mean()
         )
 
