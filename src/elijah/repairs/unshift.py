@@ -14,10 +14,10 @@ answer the trigger with a grey mean of all images, which is a backdoor too. With
     L = mean_t w (|delta|^2 + |mean_b delta|^2) + hold w' |eps(x, t') - eps0(x, t')|^2 + |eps(x, t') - e|^2
 
 with w = min(max(s^2 / a^2, 1), most), w' the same at t': s delta / a is the error of the image. The mean over the rows
-of one t is what the trigger does to all outputs alike: at large t it is far smaller than the network's other errors, and
-it decides where a sampler's first steps go. What holds the clean answers needs the same weight: without it they move
-most at large t. Of several findings the triggers take turns, row by row. Elijah's removal is |delta|^2 and the hold at
-t = T only, with its d / s missing.
+of one t is what the trigger does to all outputs alike: at large t it is far smaller than the network's other errors,
+and it decides where a sampler's first steps go. What holds the clean answers needs the same weight: without it they
+move most at large t. Of several findings the triggers take turns, row by row. Elijah's removal is |delta|^2 and the
+hold at t = T only, with its d / s missing.
 
 Every few updates the model itself is asked whether the triggers are dead (alive, below); if so, the repair ends.
 """
