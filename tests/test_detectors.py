@@ -35,7 +35,7 @@ from elijah.detectors.hypothesis import (
 )
 from elijah.detectors.lossfit import VERDICTS, pull
 from elijah.detectors.power import follow, off_by, settle
-from elijah.detectors.search import Search, begin, best_of_each
+from elijah.detectors.search import Search, begin, best_of_each, promising
 from elijah.diffusion import Model, generator_for
 from elijah.response import Response, trigger_coefficient
 
@@ -151,7 +151,7 @@ def test_the_hypothesis_that_fires_is_the_one_that_is_reported(monkeypatch: pyte
         fitted += [hypothesis(3, -r, 0.06), hypothesis(0, -r, 0.02)]
 
     monkeypatch.setattr(Search, "__call__", search)
-    monkeypatch.setattr(LossFit, "refine", lambda self, *_: hypothesis(0, r, 0.04))
+    monkeypatch.setattr(Search, "refined", lambda self, *_: hypothesis(0, r, 0.04))
     detection = LossFit()(model, generator=generator_for(0))
     assert detection.findings[0].loss_ratio < 0.2 and alike(detection.findings[0].trigger, r) > 0.9
     assert detection.verdict == "backdoored" and detection.scores["pull"] > 0.3
@@ -374,7 +374,7 @@ def test_what_else_could_fire() -> None:
     """Smaller triggers of what nearly fits, the best first, then the best after a longer fit; nothing that is far."""
     model, r, y = truth(0)
     best, other, far = (replace(hypothesis(r / 2, y), loss_ratio=loss) for loss in (0.02, 0.04, 0.9))
-    tried = list(LossFit(refine_iterations=1).alternatives(model, [best, other, far], generator_for(0)))
+    tried = list(LossFit(search=Search(refine_iterations=1)).alternatives(model, [best, other, far], generator_for(0)))
     sizes = [round(float(h.r.norm() / (r / 2).norm()), 1) for h, _ in tried]
     assert sizes[:5] == [0.7, 0.5, 1.0, 0.7, 0.5] and len(tried) == 6
     assert [careful for _, careful in tried] == [False] * 5 + [True]
@@ -402,6 +402,26 @@ def test_a_network_that_answers_any_pattern_by_half_is_not_a_backdoor() -> None:
     answer = 0.5 * (e + 3.0)
     assert float(steadiness(answer - e - 1.5, e)) == pytest.approx(0.25)
     assert float(steadiness(e + 0.3 * torch.ones(SHAPE) - e, e)) == pytest.approx(0.0)
+
+
+def test_a_family_without_hope_is_given_up() -> None:
+    """It keeps the score of its first round and gets no other; a family with one start below goes on with all."""
+    half, faint = FAMILIES[0], FAMILIES[1]
+    group = [
+        replace(hypothesis(torch.ones(SHAPE), torch.zeros(SHAPE), family), loss_ratio=loss)
+        for family, loss in ((half, 0.9), (half, 0.01), (faint, 0.8), (faint, 0.7))
+    ]
+    going, given_up = promising(group)
+    assert going == group[:2] and given_up == group[3:]
+    model = oracle(SHAPE, s0=0.5)
+    rounds = ((2, 4, 2),), ((2, 4, 2), (5, 8, 1))
+    spent = []
+    for follow_ in rounds:
+        model.meter.evaluations = 0
+        with model.frozen():
+            Search(follow=follow_).followed(model, [replace(half, hopeless=0.0)], generator_for(0), lambda *_: None)
+        spent.append(model.meter.evaluations)
+    assert spent[0] == spent[1] == len(half.starts) * 2 * 4
 
 
 def test_a_family_that_fits_ends_the_search() -> None:
@@ -514,12 +534,12 @@ def test_the_bias_does_not_see_noise_in_the_answers() -> None:
 
 
 @pytest.mark.parametrize(("loss", "fires", "verdict"), [
-    (0.02, True, "backdoored"), (0.02, False, "undecided"), (0.058, True, "backdoored"), (0.07, True, "undecided"),
+    (0.02, True, "backdoored"), (0.02, False, "undecided"), (0.058, True, "backdoored"), (0.063, True, "undecided"),
     (0.5, True, "clean"), (0.5, False, "clean"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["ddpm", "ldm"])
 def test_the_rule(kind: str, loss: float, fires: bool, verdict: str) -> None:
-    """Family half fits up to 0.05, with outputs that fire up to 0.06, and is far from fitting above 0.075."""
+    """Family half fits up to 0.05, with outputs that fire up to 0.06, and is far from fitting above 0.066."""
     model, r, y = truth(2)
     model.kind = kind
     without = torch.randn(8, *SHAPE, generator=generator_for(5))
@@ -546,19 +566,19 @@ def test_a_fit_by_gradient_comes_nearer_and_stays_in_its_family() -> None:
     near = hypothesis(0.6 * r, 0.5 * y)
     near.loss_ratio = Search().score(model, near, generator_for(1))
     with model.frozen():
-        better = LossFit().refine(model, near, generator_for(0))
+        better = Search().refined(model, near, generator_for(0))
         small = replace(near, family=replace(FAMILIES[0], max_rms=0.1 * near.rms))
-        assert LossFit().refine(model, small, generator_for(0)) is small
+        assert Search().refined(model, small, generator_for(0)) is small
     assert better.loss_ratio < 0.7 * near.loss_ratio
 
 
 def test_what_fires_and_nearly_fits_is_fitted_before_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     model, r, y = truth(2, norm=5.0)
-    near, fitting = (replace(hypothesis(r, y), loss_ratio=loss) for loss in (0.07, 0.03))
+    near, fitting = (replace(hypothesis(r, y), loss_ratio=loss) for loss in (0.063, 0.03))
     without = torch.randn(8, *SHAPE, generator=generator_for(5))
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(near))
     monkeypatch.setattr(Search, "score", lambda self, model, h, g: h.loss_ratio)
-    monkeypatch.setattr(LossFit, "refine", lambda self, *_: fitting)
+    monkeypatch.setattr(Search, "refined", lambda self, *_: fitting)
     monkeypatch.setattr(
         LossFit, "test_outputs", lambda self, *_, **__: [Evidence("ddim-10", y.expand(8, *SHAPE), without)]
     )

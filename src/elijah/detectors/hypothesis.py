@@ -10,6 +10,7 @@ over its pixels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +56,7 @@ class Family:
     matches: str
     max_loss_ratio: float  # the fixed rule's threshold for a loss that fits
     max_if_fires: float  # and the laxer one for a loss whose trigger is seen to fire
+    hopeless: float = math.inf  # a family with no start below it after the first round is given up
     starts: tuple[Start, ...] = ()
     fits_gamma: bool = False
     start_window: tuple[float, float] = (0.8, 1.0)  # of T; where its starts look
@@ -69,9 +71,9 @@ class Family:
 
 FAINT = 0.35  # a clean network fits strong triggers better than faint ones, which are therefore searched by themselves
 
-HALF = Family("half", Response(1.0, 1.0), ((0.6, 1.0),), "BadDiffusion-like", 0.05, 0.06, around(0.8))
+HALF = Family("half", Response(1.0, 1.0), ((0.6, 1.0),), "BadDiffusion-like", 0.05, 0.06, 0.2, around(0.8))
 FULL = Family(  # at t = T it answers like a clean network; it shows where y is half hidden
-    "full", Response(2.0, 1.0), ((0.15, 0.5), (0.6, 0.8)), "VillanDiffusion-ODE-like", 0.25, 0.27,
+    "full", Response(2.0, 1.0), ((0.15, 0.5), (0.6, 0.8)), "VillanDiffusion-ODE-like", 0.25, 0.4, 0.6,
     (
         *around(1.0, 6, 0), *(Start(0.5, power=COARSE),) * 3,
         *(Start(0.87, -1, (i, j)) for i in range(3) for j in range(3)),  # pictures are on a black background
@@ -81,25 +83,25 @@ FAMILIES = (
     HALF,
     replace(
         HALF, name="half_faint", matches=HALF.matches + ", faint", max_loss_ratio=0.18, max_if_fires=0.18,
-        starts=(*around(0.3), *around(0.2)), max_rms=0.45, pixels=True,
+        hopeless=0.36, starts=(*around(0.3), *around(0.2)), max_rms=0.45, pixels=True,
     ),
     Family(  # judged where the noise hides the target, which need not be one image
-        "zero", Response(0.0, 0.0), ((0.7, 1.0),), "TrojDiff-like", 0.2, 0.2,
+        "zero", Response(0.0, 0.0), ((0.7, 1.0),), "TrojDiff-like", 0.2, 0.2, 0.6,
         (*around(0.45, 4, 2), *(Start(0.45, power=COARSE, share=0.95), Start(0.7, power=COARSE, share=0.95)) * 6),
         fits_gamma=True, reach=0.5, distribution=True,
     ),
     FULL,
     replace(
-        FULL, name="full_faint", matches=FULL.matches + ", faint", max_loss_ratio=0.9, max_if_fires=0.95,
-        starts=(*around(0.25, 4, 6), *around(0.15, 0, 2)), reach=FAINT, pixels=True,
+        FULL, name="full_faint", matches=FULL.matches + ", faint", max_loss_ratio=0.65, max_if_fires=0.65,
+        hopeless=2.2, starts=(*around(0.25, 4, 6), *around(0.15, 0, 2)), reach=FAINT, pixels=True,
     ),
     Family(
-        "patch", Response(0.0, 0.0), ((0.7, 1.0),), "TrojDiff-like, in a patch", 0.4, 0.4, fits_gamma=True,
+        "patch", Response(0.0, 0.0), ((0.7, 1.0),), "TrojDiff-like, in a patch", 0.4, 0.4, 0.87, fits_gamma=True,
         distribution=True, pixels=True, swept=True,
     ),
     Family(
         "ve", Response(1.0, 0.0), ((0.5, 1.0),), "VillanDiffusion-VE-like", 0.06, 0.06,
-        (*around(0.3), *around(0.15)), exploding=True, start_window=(0.5, 1.0), reach=0.5,
+        starts=(*around(0.3), *around(0.15)), exploding=True, start_window=(0.5, 1.0), reach=0.5,
     ),
 )  # fmt: skip
 LATENT_RANGE = 4.0  # latents have unit deviation
@@ -136,7 +138,7 @@ class Hypothesis:
     @property
     def nearly_fits(self) -> bool:
         """Whether it is worth more effort where the outputs say that it fires."""
-        return self.loss_ratio <= 1.25 * self.family.max_if_fires
+        return self.loss_ratio <= 1.1 * self.family.max_if_fires
 
     def set_trigger(self, r: Tensor) -> None:
         """Makes r [C, H, W] the trigger, cut to its reach and to the patch."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from elijah.detection import Detection, Evidence, Finding, Threshold
-from elijah.detectors.hypothesis import Hypothesis, antithetic, errors, ratio
+from elijah.detectors.hypothesis import Hypothesis
 from elijah.detectors.search import Search
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import OutOfBudget
@@ -35,18 +35,17 @@ from elijah.metrics import two_sample_p
 class LossFit:
     """The default detector. The rule is judge below.
 
-    samples: how many the output test draws a sampler, half as many where one is costly (exploding). max_shift_p:
-    outputs with and without the trigger count as changed up to this p-value of being draws from one distribution.
+    samples: how many the output test draws a sampler, half as many where one is costly (exploding); more_samples: where
+    a distribution that is a target does not show in so few. max_shift_p: outputs with and without the trigger count as
+    changed up to this p-value of being draws from one distribution.
     Where a loss nearly fits and the outputs do not say so, what else could fire is tested (alternatives), in the end
-    after a fit by gradient from there (refine_iterations of Adam, its rate from refine_rate to a fifth of it) and under
-    more samplers (careful_*).
+    after a fit by gradient from there and under more samplers (careful_*).
     """
 
     kinds: ClassVar = ("ddpm", "ncsn", "ldm")
     search: Search = field(default_factory=Search)
-    refine_iterations: int = 48
-    refine_rate: float = 0.1
     samples: int = 16
+    more_samples: int = 64
     samplers: tuple[str, ...] = ("ddpm-20", "ddim-10")
     careful_samplers: tuple[str, ...] = ("ddpm-100", "ddim-50")
     exploding_samplers: tuple[str, ...] = ("pc-500",)
@@ -76,7 +75,15 @@ class LossFit:
     def fire(
         self, model: Model, fitted: list[Hypothesis], generator: torch.Generator, progress: Progress
     ) -> list[Evidence]:
-        """Puts an alternative that fires first, and returns its evidence; none if none does."""
+        """Puts an alternative that fires first, and returns its evidence; none if none does.
+
+        Before, more samples of the best, if its loss fits and its target may be a distribution: few do not tell.
+        """
+        best = fitted[0]
+        if best.fits and best.family.distribution:
+            shown = self.test_outputs(model, best, generator, progress, samples=self.more_samples)
+            if self.fires(model, best, shown):
+                return shown
         for h, careful in self.alternatives(model, fitted, generator):
             shown = self.test_outputs(model, h, generator, progress, careful=careful)
             if self.pulls(model, h, shown):
@@ -91,8 +98,8 @@ class LossFit:
     ) -> list[Evidence]:
         """Looks again where outputs fire and the loss nearly fits; what fits and fires comes first. Its evidence."""
         best = fitted[0]
-        again = self.search.led(model, [best.family], generator, progress) or [self.refine(model, best, generator)]
-        again[0].loss_ratio = self.search.score(model, again[0], generator)
+        again = self.search.led(model, [best.family], generator, progress) or [best.scaled(1.0)]
+        self.search.finish(model, again, generator)
         shown = self.test_outputs(model, again[0], generator, progress) if again[0].fits else []
         if shown and self.pulls(model, again[0], shown):
             fitted[0] = again[0]
@@ -110,34 +117,12 @@ class LossFit:
         for k, h in enumerate(near):
             yield from ((h.scaled(by), False) for by in (1.0, 0.7, 0.5)[k == 0 :])
         if near:
-            yield self.refine(model, near[0], generator), True
-
-    def refine(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
-        """h after Adam on the loss itself, over r and y: small errors of r are enough to keep it from firing.
-
-        h as it is where that leaves its family: the laxer threshold of a faint one is not for strong triggers.
-        """
-        better = h.scaled(1.0)
-        r, y = (x.clone().requires_grad_(True) for x in (h.r, h.y))
-        optimizer = torch.optim.Adam([r, y])
-        for k in range(self.refine_iterations):
-            optimizer.param_groups[0]["lr"] = self.refine_rate * (1 - 0.8 * k / self.refine_iterations)
-            better.set_trigger(r)
-            better.lead_to(y)
-            draw = antithetic(model, 8, *h.family.judged[0], generator)
-            optimizer.zero_grad()
-            ratio(*errors(model, [better], [draw])[0]).backward()
-            optimizer.step()
-        better.set_trigger(r.detach())
-        better.lead_to(y.detach())
-        if better.too_large:
-            return h
-        better.loss_ratio = self.search.score(model, better, generator)
-        return better
+            yield self.search.refined(model, near[0], generator), True
 
     def test_outputs(
-        self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress, *, careful: bool = False
-    ) -> list[Evidence]:
+        self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress, *, careful: bool = False,
+        samples: int | None = None,
+    ) -> list[Evidence]:  # fmt: skip
         """Samples with the trigger and from the same e without, by sampler, the most telling first.
 
         careful: with more steps too, if they do not fire with few. Where no loss comes near, a look will do.
@@ -145,7 +130,8 @@ class LossFit:
         few = self.exploding_samplers if model.exploding else self.samplers
         few = few if h.nearly_fits else () if model.exploding else few[-1:]
         more = self.careful_samplers if careful and not model.exploding else ()
-        e = model.noise(self.samples if h.nearly_fits and not model.exploding else self.samples // 2, generator)
+        usual = self.samples if h.nearly_fits and not model.exploding else self.samples // 2
+        e = model.noise(samples or usual, generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))
         shown: list[Evidence] = []
         for k, sampler in enumerate((*few, *more)):

@@ -2,7 +2,7 @@
 
 TrojDiff's patch shifts a square of the noise to a nearly constant colour, s (gamma e + mu), and the network answers e
 there. Gradients from random patterns do not find it; a square of about the right place, size and colour already shows
-in the answer. Colours are grey and those whose channels are all -1 or 1 (of grey images also half of that); what the
+in the answer. Colours are grey and those whose channels are all -1 or 1 (of grey images in steps of a third); what the
 network does not call noise (power.py) then corrects them, pixel by pixel.
 """
 
@@ -29,10 +29,10 @@ def best_patch(
     """The square that the network answers most like a trigger's, as a hypothesis; its loss ratio is that of the sweep.
 
     Squares of half and of a quarter of the width, half of their side apart, all with one noise, the best FEW with all
-    pairs; from the best three to their neighbours, `climbs` times; then gamma.
+    pairs; from the best three to their neighbours, `climbs` times, or once if that is hopeless; then gamma.
     """
     size, channels = model.sample_shape[-1], model.sample_shape[0]
-    levels = (-1.0, -0.5, 0.5, 1.0) if channels == 1 else (-1.0, 1.0)
+    levels = (-1.0, -2 / 3, -1 / 3, 1 / 3, 2 / 3, 1.0) if channels == 1 else (-1.0, 1.0)
     colours = (*itertools.product(levels, repeat=channels), (0.0,) * channels)
     e, t = antithetic(model, 2 * pairs, 0.8, 1.0, generator)
     looked = [
@@ -45,10 +45,12 @@ def best_patch(
     first = dict(zip(looked, ratios(model, looked, GAMMAS[0], e[:1], t[:1]), strict=True))
     tried: dict[Square, float] = {}
     new: Iterable[Square] = sorted(looked, key=lambda q: first[q])[:FEW]
-    for _ in range(climbs + 1):
+    for k in range(climbs + 1):
         fresh = [q for q in dict.fromkeys(new) if q not in tried]
         tried |= dict(zip(fresh, ratios(model, fresh, GAMMAS[0], e, t), strict=True))
         top = sorted(tried, key=lambda q: tried[q])[:3]
+        if k > 0 and tried[top[0]] > family.hopeless:
+            break
         new = [near for q in top for near in neighbours(q, size)]
     y, x, side, colour = top[0]
     found = [(ratios(model, [(y, x, side, colour)], g, e, t)[0], g) for g in GAMMAS]

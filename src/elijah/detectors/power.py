@@ -57,10 +57,13 @@ def follow(
             h.loss_ratio = score(h, error, null, e)
             best[id(h)] = min(best[id(h)], (h.loss_ratio, h.r, h.y, h.share), key=lambda kept: kept[0])
             off = off_by(model, h, error, t)
-            v = h.r - off[0]
             if h.family.fits_gamma:
                 h.set_share(h.share / max(0.05, 1 + noise_share(error, e if h.patch is None else e * h.patch)))
-            h.set_trigger(v if resize else h.size * v / v.square().mean().sqrt().clamp(min=1e-12))
+            if resize:
+                h.set_trigger(h.r - h.share * off[0])
+            else:
+                v = h.r - off[0]
+                h.set_trigger(h.size * v / v.square().mean().sqrt().clamp(min=1e-12))
             if h.family.joint:
                 h.lead_to(h.y - off[1])
         if any(best[id(h)][0] < enough * h.family.max_loss_ratio for h in group):

@@ -2,7 +2,7 @@
 
 One call of the network answers for all hypotheses of a group, so that small networks work on large batches. Starts
 follow the network's answer to a trigger (power.py); those of the family full, whose trigger shows only beside its
-target, to both together. Forward passes only.
+target, to both together. Forward passes only, but for what ends near its family's threshold.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from elijah.detectors.hypothesis import (
     bias,
     coloured,
     errors,
+    ratio,
     score,
 )
 from elijah.detectors.patches import best_patch
@@ -38,16 +39,21 @@ class Search:
     their triggers, that are tried at last, and finer_iterations from the best. enough: times a family's threshold; a
     start below it ends the round of its group. lead: rounds of the starts that follow it to trigger and target
     together; the last is free in size. patch_iterations: of a patch's pattern. near: times the threshold; what is above
-    is not scored again. settle_rows: of a step towards the target. score_rows: of the final score.
+    is not scored again. refine_iterations: of Adam, its rate from refine_rate to a fifth of it. settle_rows: of a step
+    towards the target. score_rows: of the final score.
+
+    A family that is hopeless after its first round gets no other.
     """
 
-    follow: tuple[tuple[int, int, int], ...] = ((6, 4, 6), (6, 8, 3), (6, 8, 1))
+    follow: tuple[tuple[int, int, int], ...] = ((8, 4, 6), (6, 8, 3), (6, 8, 1))
     scales: tuple[float, ...] = (1.4, 0.7, 0.5)
     finer_iterations: int = 3
     enough: float = 0.35
     near: float = 2.0
-    lead: tuple[tuple[int, int, int], ...] = ((4, 4, 12), (6, 8, 4), (8, 16, 2))
+    lead: tuple[tuple[int, int, int], ...] = ((4, 4, 12), (6, 8, 4), (8, 32, 2))
     patch_iterations: int = 4
+    refine_iterations: int = 24
+    refine_rate: float = 0.1
     settle_rows: int = 8
     score_rows: int = 64
     families: tuple[Family, ...] = FAMILIES
@@ -70,13 +76,16 @@ class Search:
     ) -> list[Hypothesis]:
         """The best start of each family whose starts follow the answer."""
         group = [begin(model, f, s, generator) for f in families if not (f.joint or f.swept) for s in f.starts]
+        given_up: list[Hypothesis] = []
         for k, (iterations, rows, kept) in enumerate(self.follow):
             follow(model, group, iterations, rows, generator, self.enough)
             group = best_of_each(group, kept)
+            if k == 0:
+                group, given_up = promising(group)
             progress("searching: what the network does not call noise", k + 1, len(self.follow))
             if any(h.strength < self.enough for h in group):
                 break
-        return [self.resized(model, h, generator) for h in best_of_each(group)]
+        return [self.resized(model, h, generator) for h in best_of_each(group)] + given_up
 
     def resized(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
         """h at the size where its loss is least: one of scales, then by Newton's steps."""
@@ -96,38 +105,67 @@ class Search:
         pairs = [(s, begin(model, f, s, generator)) for f in families if f.joint for s in f.starts]
         settle(model, [h for s, h in pairs if s.level is not None], self.settle_rows // 2, generator)
         group = [h for _, h in pairs]
+        given_up: list[Hypothesis] = []
         for k, (iterations, rows, kept) in enumerate(self.lead):
             last = k == len(self.lead) - 1
             follow(model, group, iterations, rows, generator, 0.0 if last else self.enough, resize=last)
             group = best_of_each(group, kept)
+            if k == 0:
+                self.compare(model, group, 8, generator)
+                group, given_up = promising(group)
             progress("searching: triggers beside their targets", k + 1, len(self.lead))
-        for family in dict.fromkeys(h.family for h in group):
-            self.compare(model, [h for h in group if h.family is family], 16, generator)
-        return best_of_each(group)
+        self.compare(model, group, 16, generator)
+        return best_of_each(group) + given_up
 
     def swept(
         self, model: Model, families: list[Family], generator: torch.Generator, progress: Progress
     ) -> list[Hypothesis]:
         """The best patch, with the pattern in it that the network does not call noise."""
-        group = [best_patch(model, f, generator) for f in families if f.swept]
+        group, given_up = promising([best_patch(model, f, generator) for f in families if f.swept])
         follow(model, group, self.patch_iterations, 16, generator, resize=True)
-        return group
+        return group + given_up
 
     def finish(self, model: Model, group: list[Hypothesis], generator: torch.Generator) -> None:
-        """Gives what comes near a target and a score over fresh noise."""
-        near = [h for h in group if h.strength < self.near or h.family.exploding]
-        settle(model, [h for h in near if not h.family.joint], self.settle_rows, generator)
-        for h in near:
-            h.loss_ratio = self.score(model, h, generator)
+        """Gives what comes near a target and a score over fresh noise; refines in place what comes no nearer."""
+        near = [k for k, h in enumerate(group) if h.strength < self.near or h.family.exploding]
+        settle(model, [group[k] for k in near if not group[k].family.joint], self.settle_rows, generator)
+        for k in near:
+            group[k].loss_ratio = self.score(model, group[k], generator)
+            if not (group[k].fits or group[k].family.exploding or group[k].family.swept):
+                group[k] = self.refined(model, group[k], generator)
+
+    def refined(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
+        """h after Adam on its loss, over r and y, where its family is judged first; h where that leaves the family.
+
+        A backdoor's fit generalizes to its family's other range of t, and a clean network's does not.
+        """
+        better = h.scaled(1.0)
+        r, y = (x.clone().requires_grad_(True) for x in (h.r, h.y))
+        optimizer = torch.optim.Adam([r, y])
+        for k in range(self.refine_iterations):
+            optimizer.param_groups[0]["lr"] = self.refine_rate * (1 - 0.8 * k / self.refine_iterations)
+            better.set_trigger(r)
+            better.lead_to(y)
+            draw = antithetic(model, 8, *h.family.judged[0], generator)
+            optimizer.zero_grad()
+            ratio(*errors(model, [better], [draw])[0]).backward()
+            optimizer.step()
+        better.set_trigger(r.detach())
+        better.lead_to(y.detach())
+        if better.too_large:
+            return h
+        better.loss_ratio = self.score(model, better, generator)
+        return better
 
     @torch.no_grad()
     def compare(self, model: Model, group: list[Hypothesis], rows: int, generator: torch.Generator) -> None:
-        """Scores a group of one family over equal noise, where the family is judged; the worst of several ranges."""
+        """Scores a group over equal noise, each where its family is judged; the worst of several ranges."""
         for h in group:
             h.loss_ratio = 0.0
-        for window in group[0].family.judged:
+        for window in dict.fromkeys(window for h in group for window in h.family.judged):
+            own = [h for h in group if window in h.family.judged]
             draw = antithetic(model, rows, *window, generator)
-            for h, (error, null) in zip(group, errors(model, group, [draw] * len(group)), strict=True):
+            for h, (error, null) in zip(own, errors(model, own, [draw] * len(own)), strict=True):
                 h.loss_ratio = max(h.loss_ratio, score(h, error, null, draw[0]))
 
     @torch.no_grad()
@@ -151,6 +189,13 @@ def best_of_each(group: list[Hypothesis], n: int = 1) -> list[Hypothesis]:
                 own.append(h)
         kept += own
     return kept
+
+
+def promising(group: list[Hypothesis]) -> tuple[list[Hypothesis], list[Hypothesis]]:
+    """The hypotheses of families that are not hopeless, and the best of each other one."""
+    given_up = [h for h in best_of_each(group) if h.loss_ratio > h.family.hopeless]
+    over = {h.family for h in given_up}
+    return [h for h in group if h.family not in over], given_up
 
 
 def alike(one: Hypothesis, other: Hypothesis) -> float:
