@@ -572,6 +572,40 @@ def test_a_fit_by_gradient_comes_nearer_and_stays_in_its_family() -> None:
     assert better.loss_ratio < 0.7 * near.loss_ratio
 
 
+@pytest.mark.parametrize(("losses", "after"), [((0.08, 0.3), (0.008, 0.3)), ((0.04, 0.08, 0.3), (0.04, 0.08, 0.3))])
+def test_where_nothing_fits_what_is_not_hopeless_is_refined(
+    losses: tuple[float, ...], after: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half: a loss of 0.08 is refined unless one of 0.04 fits; one of 0.3 is hopeless. A patch is never refined."""
+    model, r, y = truth(2)
+    monkeypatch.setattr(Search, "score", lambda self, model, h, g: h.loss_ratio)
+    monkeypatch.setattr(Search, "refined", lambda self, model, h, g: replace(h, loss_ratio=h.loss_ratio / 10))
+    patch = replace(next(f for f in FAMILIES if f.swept), max_loss_ratio=0.4, hopeless=0.9)
+    group = [replace(hypothesis(r, y), loss_ratio=loss) for loss in losses]
+    group.append(replace(hypothesis(r, y, patch), loss_ratio=0.5, patch=torch.ones(1, 8, 8)))
+    Search().finish(model, group, generator_for(0))
+    assert [h.loss_ratio for h in group] == [*after, 0.5]
+
+
+def test_a_distribution_is_looked_for_in_more_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss fits whose target may be a distribution: 16 samples do not show it, 64 do."""
+    model, r, y = truth(2)
+    zero = next(f for f in FAMILIES if f.name == "zero")
+    fits = replace(hypothesis(r, y, zero), loss_ratio=0.05)
+    asked = []
+
+    def outputs(self: LossFit, model: Model, h: Hypothesis, *_: Any, **how: Any) -> list[Evidence]:
+        n = how.get("samples") or self.samples
+        asked.append(n)
+        noise = torch.randn(2, n, *SHAPE, generator=generator_for(3))
+        return [Evidence("ddim-10", noise[0] + (0.5 if n == 64 else 0.0), noise[1])]
+
+    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(fits))
+    monkeypatch.setattr(LossFit, "test_outputs", outputs)
+    found = LossFit()(model, generator=generator_for(0))
+    assert asked == [16, 64] and found.verdict == "backdoored" and found.findings[0].distribution
+
+
 def test_what_fires_and_nearly_fits_is_fitted_before_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     model, r, y = truth(2, norm=5.0)
     near, fitting = (replace(hypothesis(r, y), loss_ratio=loss) for loss in (0.063, 0.03))

@@ -39,7 +39,7 @@ from elijah.verdict import DEFAULT_RATE, Calibration
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = {"ncsn": "a variance-exploding (NCSN) model", "ldm": "a latent model"}
-TYPICAL_EVALUATIONS = {"lossfit": 3_600, "elijah": 51_000, "terd": 960_000}  # of a clean model, for the estimate alone
+TYPICAL_EVALUATIONS = {"lossfit": 3_700, "elijah": 51_000, "terd": 960_000}  # of a clean model, for the estimate alone
 
 
 def scan(
@@ -147,7 +147,7 @@ def announce(model: Model, detector: str, max_evaluations: int | None, progress:
         seconds.append(time.perf_counter() - began)
     evaluations = min(TYPICAL_EVALUATIONS[detector], max_evaluations or TYPICAL_EVALUATIONS[detector])
     minutes = min(seconds) / len(x) * evaluations / 60
-    progress(f"note: up to about {evaluations:,} network evaluations, {minutes:.1f} minutes on {model.device}", 0, 0)
+    progress(f"note: about {evaluations:,} network evaluations, {minutes:.1f} minutes on {model.device}", 0, 0)
 
 
 def make_report(

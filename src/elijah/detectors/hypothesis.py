@@ -56,7 +56,9 @@ class Family:
     matches: str
     max_loss_ratio: float  # the fixed rule's threshold for a loss that fits
     max_if_fires: float  # and the laxer one for a loss whose trigger is seen to fire
-    hopeless: float = math.inf  # a family with no start below it after the first round is given up
+    hopeless: float = (
+        math.inf
+    )  # above it a family gets no more rounds after its first, and what it ends at no refinement
     starts: tuple[Start, ...] = ()
     fits_gamma: bool = False
     start_window: tuple[float, float] = (0.8, 1.0)  # of T; where its starts look
@@ -73,7 +75,7 @@ FAINT = 0.35  # a clean network fits strong triggers better than faint ones, whi
 
 HALF = Family("half", Response(1.0, 1.0), ((0.6, 1.0),), "BadDiffusion-like", 0.05, 0.06, 0.2, around(0.8))
 FULL = Family(  # at t = T it answers like a clean network; it shows where y is half hidden
-    "full", Response(2.0, 1.0), ((0.15, 0.5), (0.6, 0.8)), "VillanDiffusion-ODE-like", 0.25, 0.4, 0.6,
+    "full", Response(2.0, 1.0), ((0.15, 0.5), (0.6, 0.8)), "VillanDiffusion-ODE-like", 0.25, 0.3, 0.6,
     (
         *around(1.0, 6, 0), *(Start(0.5, power=COARSE),) * 3,
         *(Start(0.87, -1, (i, j)) for i in range(3) for j in range(3)),  # pictures are on a black background
@@ -87,13 +89,14 @@ FAMILIES = (
     ),
     Family(  # judged where the noise hides the target, which need not be one image
         "zero", Response(0.0, 0.0), ((0.7, 1.0),), "TrojDiff-like", 0.2, 0.2, 0.6,
-        (*around(0.45, 4, 2), *(Start(0.45, power=COARSE, share=0.95), Start(0.7, power=COARSE, share=0.95)) * 6),
+        (*around(0.45, 2, 0), *(Start(0.45, power=COARSE, share=0.95), Start(0.7, power=COARSE, share=0.95)) * 9),
         fits_gamma=True, reach=0.5, distribution=True,
     ),
     FULL,
     replace(
-        FULL, name="full_faint", matches=FULL.matches + ", faint", max_loss_ratio=0.65, max_if_fires=0.65,
-        hopeless=2.2, starts=(*around(0.25, 4, 6), *around(0.15, 0, 2)), reach=FAINT, pixels=True,
+        FULL, name="full_faint", matches=FULL.matches + ", faint", judged=((0.15, 0.5), (0.5, 0.6)),
+        max_loss_ratio=0.32, max_if_fires=0.32, hopeless=2.0,
+        starts=(*around(0.25, 4, 6), *around(0.15, 0, 2)), reach=FAINT, pixels=True,
     ),
     Family(
         "patch", Response(0.0, 0.0), ((0.7, 1.0),), "TrojDiff-like, in a patch", 0.4, 0.4, 0.87, fits_gamma=True,

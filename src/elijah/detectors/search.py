@@ -38,9 +38,8 @@ class Search:
     follow: rounds of the starts that follow the answer, (iterations, rows, how many of a family are kept). scales: of
     their triggers, that are tried at last, and finer_iterations from the best. enough: times a family's threshold; a
     start below it ends the round of its group. lead: rounds of the starts that follow it to trigger and target
-    together; the last is free in size. patch_iterations: of a patch's pattern. near: times the threshold; what is above
-    is not scored again. refine_iterations: of Adam, its rate from refine_rate to a fifth of it. settle_rows: of a step
-    towards the target. score_rows: of the final score.
+    together; the last is free in size. patch_iterations: of a patch's pattern. refine_iterations: of Adam, its rate
+    from refine_rate to a fifth of it. settle_rows: of a step towards the target. score_rows: of the final score.
 
     A family that is hopeless after its first round gets no other.
     """
@@ -49,7 +48,6 @@ class Search:
     scales: tuple[float, ...] = (1.4, 0.7, 0.5)
     finer_iterations: int = 3
     enough: float = 0.35
-    near: float = 2.0
     lead: tuple[tuple[int, int, int], ...] = ((4, 4, 12), (6, 8, 4), (8, 32, 2))
     patch_iterations: int = 4
     refine_iterations: int = 24
@@ -126,13 +124,15 @@ class Search:
         return group + given_up
 
     def finish(self, model: Model, group: list[Hypothesis], generator: torch.Generator) -> None:
-        """Gives what comes near a target and a score over fresh noise; refines in place what comes no nearer."""
-        near = [k for k, h in enumerate(group) if h.strength < self.near or h.family.exploding]
+        """Gives what is not hopeless a target and a score over fresh noise; where none fits, refines it in place."""
+        near = [k for k, h in enumerate(group) if h.loss_ratio <= h.family.hopeless]
         settle(model, [group[k] for k in near if not group[k].family.joint], self.settle_rows, generator)
         for k in near:
             group[k].loss_ratio = self.score(model, group[k], generator)
-            if not (group[k].fits or group[k].family.exploding or group[k].family.swept):
-                group[k] = self.refined(model, group[k], generator)
+        if not any(h.fits for h in group):
+            for k in near:
+                if not (group[k].family.exploding or group[k].family.swept):
+                    group[k] = self.refined(model, group[k], generator)
 
     def refined(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
         """h after Adam on its loss, over r and y, where its family is judged first; h where that leaves the family.
