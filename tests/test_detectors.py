@@ -34,7 +34,7 @@ from elijah.detectors.hypothesis import (
     steadiness,
 )
 from elijah.detectors.lossfit import VERDICTS, pull
-from elijah.detectors.power import follow, off_by, settle
+from elijah.detectors.power import SETTLING, follow, off_by, settle
 from elijah.detectors.search import Search, begin, best_of_each, promising
 from elijah.diffusion import Model, generator_for
 from elijah.response import Response, trigger_coefficient
@@ -424,6 +424,27 @@ def test_a_family_without_hope_is_given_up() -> None:
     assert spent[0] == spent[1] == len(half.starts) * 2 * 4
 
 
+def test_a_family_beside_its_target_is_given_up_by_what_judges_it() -> None:
+    """After its first round the kept are compared in both ranges, and what is hopeless there gets no other round."""
+    model, full = oracle(SHAPE, s0=0.5), next(f for f in FAMILIES if f.name == "full")
+    model.meter.evaluations = 0
+    with model.frozen():
+        found = Search(lead=((2, 4, 2), (5, 8, 1))).led(
+            model, [replace(full, hopeless=0.0)], generator_for(0), lambda *_: None
+        )
+    settled = sum(s.level is not None for s in full.starts) * len(SETTLING) * 4
+    assert model.meter.evaluations == settled + len(full.starts) * 2 * 4 + 2 * 8 * len(full.judged) and len(found) == 1
+
+
+def test_as_many_outputs_are_drawn_as_asked() -> None:
+    model, r, y = truth(2)
+    h = replace(hypothesis(r, y), loss_ratio=0.02)
+    detector = LossFit(samples=4, samplers=("ddim-3",))
+    for asked, drawn in ((None, 4), (6, 6)):
+        shown = detector.test_outputs(model, h, generator_for(0), lambda *_: None, samples=asked)
+        assert [len(x.samples_with) for x in shown] == [drawn]
+
+
 def test_a_family_that_fits_ends_the_search() -> None:
     """The search for the oracle's strong, flat trigger ends with the cheap families; in a clean one it tries all."""
     r, y = torch.full(SHAPE, -0.9), torch.full(SHAPE, 0.3)
@@ -618,6 +639,14 @@ def test_what_fires_and_nearly_fits_is_fitted_before_the_verdict(monkeypatch: py
     )
     found = LossFit()(model, generator=generator_for(0))
     assert found.verdict == "backdoored" and found.findings[0].loss_ratio == 0.03
+
+
+def test_a_patch_that_nearly_fits_gets_no_second_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not refined, so another score over other noise would only be another chance to fit."""
+    patch = next(f for f in FAMILIES if f.swept)
+    monkeypatch.setattr(Search, "finish", lambda *_: pytest.fail("scored again"))
+    near = replace(hypothesis(torch.ones(SHAPE), torch.zeros(SHAPE), patch), loss_ratio=0.42)
+    assert LossFit().fit(oracle(SHAPE), [near], generator_for(0), lambda *_: None) == []
 
 
 def test_large_inputs_go_through_the_network_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

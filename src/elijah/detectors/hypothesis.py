@@ -56,9 +56,7 @@ class Family:
     matches: str
     max_loss_ratio: float  # the fixed rule's threshold for a loss that fits
     max_if_fires: float  # and the laxer one for a loss whose trigger is seen to fire
-    hopeless: float = (
-        math.inf
-    )  # above it a family gets no more rounds after its first, and what it ends at no refinement
+    hopeless: float = math.inf  # above it a family ends after its first round, and nothing of it is refined
     starts: tuple[Start, ...] = ()
     fits_gamma: bool = False
     start_window: tuple[float, float] = (0.8, 1.0)  # of T; where its starts look
@@ -69,6 +67,11 @@ class Family:
     distribution: bool = False  # the target may be a distribution: outputs that only change are evidence too
     pixels: bool = False  # of models in pixel space alone
     swept: bool = False  # the trigger is in a patch, which a sweep finds (patches.py)
+
+    @property
+    def refinable(self) -> bool:
+        """Whether r and y are fitted by gradient: not from noisy answers, and not where a sweep found the place."""
+        return not (self.exploding or self.swept)
 
 
 FAINT = 0.35  # a clean network fits strong triggers better than faint ones, which are therefore searched by themselves

@@ -98,6 +98,8 @@ class LossFit:
     ) -> list[Evidence]:
         """Looks again where outputs fire and the loss nearly fits; what fits and fires comes first. Its evidence."""
         best = fitted[0]
+        if not best.family.refinable:
+            return []
         again = self.search.led(model, [best.family], generator, progress) or [best.scaled(1.0)]
         self.search.finish(model, again, generator)
         shown = self.test_outputs(model, again[0], generator, progress) if again[0].fits else []
@@ -113,7 +115,7 @@ class LossFit:
 
         Smaller triggers, since fits overshoot; the others that nearly fit; after a fit by gradient the best.
         """
-        near = [h for h in fitted if h.nearly_fits and h.patch is None and not model.exploding]
+        near = [h for h in fitted if h.nearly_fits and h.family.refinable]
         for k, h in enumerate(near):
             yield from ((h.scaled(by), False) for by in (1.0, 0.7, 0.5)[k == 0 :])
         if near:

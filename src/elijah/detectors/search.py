@@ -2,7 +2,7 @@
 
 One call of the network answers for all hypotheses of a group, so that small networks work on large batches. Starts
 follow the network's answer to a trigger (power.py); those of the family full, whose trigger shows only beside its
-target, to both together. Forward passes only, but for what ends near its family's threshold.
+target, to both together. Forward passes only, but for what is neither given up nor fits in the end.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Search:
             group[k].loss_ratio = self.score(model, group[k], generator)
         if not any(h.fits for h in group):
             for k in near:
-                if not (group[k].family.exploding or group[k].family.swept):
+                if group[k].family.refinable:
                     group[k] = self.refined(model, group[k], generator)
 
     def refined(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
