@@ -17,15 +17,16 @@ from elijah.data import load_images, to_uint8
 from elijah.detection import Finding
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.metrics import paired_drift
-from elijah.repairs import DEFAULT, REPAIRS, Prune, Unshift
+from elijah.repairs import DEFAULT, REPAIRS, Prune, Resist, Unshift
+from elijah.repairs.resist import Attacker, attack_loss, other_shift
 from elijah.repairs.unshift import loss_ratio
 from elijah.response import Response
 from elijah.trigger import make_trigger
 
 SHAPE = (1, 8, 8)
 USES = {  # of a finding
-    "unshift": {"trigger", "target", "response"}, "elijah": {"trigger"}, "prune": {"trigger", "response"},
-    "finetune": set(),
+    "unshift": {"trigger", "target", "response"}, "resist": {"trigger", "target", "response"},
+    "elijah": {"trigger"}, "prune": {"trigger", "response"}, "finetune": set(),
 }  # fmt: skip
 
 
@@ -43,7 +44,8 @@ def repaired(
     name: str, finding: Finding | list[Finding], images: torch.Tensor, *, seed: int = 0, model: Model | None = None,
     checkpoint: Path | None = None, progress: Progress = no_progress,
 ) -> Model:  # fmt: skip
-    rows: dict[str, Any] = {"batch_size": 16, "group": 2} if name == "unshift" else {"batch_size": 4}
+    rows: dict[str, Any] = {"batch_size": 16, "group": 2} if name in ("unshift", "resist") else {"batch_size": 4}
+    rows |= {"last": 1, "attack_steps": 1} if name == "resist" else {}
     repair = REPAIRS[name](steps=3, **rows)
     findings = finding if isinstance(finding, list) else [finding]
     fixed: Model = repair(
@@ -151,9 +153,10 @@ def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: st
     x0 = torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5
     g = generator_for(2)
     t = ((0.1 + 0.9 * (torch.arange(4) + torch.rand(4, generator=g)) / 4) * 1000).long().repeat_interleave(16)
-    e, e_held = torch.randn((2, *x0.shape), generator=g)
-    t_held = torch.randint(1000, (64,), generator=g)
+    e = torch.randn(x0.shape, generator=g)
     at_target, carried = torch.rand((2, 64, 1, 1, 1), generator=g)
+    t_held = torch.randint(1000, (64,), generator=g)
+    e_held = torch.randn(x0.shape, generator=g)
     a, s = (v[t][:, None, None, None] for v in (model.a, model.s))
     k = response.psi * (1 - a) + (1 - response.psi) * s
     d_over_s = torch.where(carried < 0.2, 1.0, k / s) * finding.trigger + (response.gamma - 1) * e
@@ -174,8 +177,9 @@ def test_clean_answers_are_held_with_the_weight_of_the_image_s_error() -> None:
     still = found(trigger=torch.zeros(SHAPE), distribution=True)
     x0, g = torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5, generator_for(2)
     t = ((0.2 + 0.8 * (torch.arange(4) + torch.rand(4, generator=g)) / 4) * 1000).long().repeat_interleave(16)
-    _, e_held = torch.randn((2, *x0.shape), generator=g)
+    torch.randn(x0.shape, generator=g), torch.rand((2, 64, 1, 1, 1), generator=g)
     t_held = torch.randint(1000, (64,), generator=g)
+    e_held = torch.randn(x0.shape, generator=g)
     apart = (model.network.m - reference.network.m).square().mean()  # type: ignore[operator, union-attr]
 
     def squared(at: torch.Tensor) -> torch.Tensor:
@@ -237,3 +241,53 @@ def test_a_forced_repair_of_a_clean_model_moves_it_little() -> None:
     before, after = (x.pixels(x.sample(start, "ddim-20")) for x in (model, fixed))
     drift = paired_drift(before, after)
     assert 0 < drift < 1e-4  # its updates could carry every pixel 0.05, a drift of 2.5e-3
+
+
+def test_the_simulated_attacker_is_adamw_on_moved_weights() -> None:
+    """His change is what torch's AdamW makes of the same losses, and the model's own weights stay where they are."""
+    model, finding, rate = random_model(), found(), 1e-3
+    x0 = torch.rand(8, *SHAPE, generator=generator_for(1))
+    before, attacker, copy = weights(model), Attacker(rate), model.clone()
+    attacker.start(model.network)
+    optimizer = torch.optim.AdamW(copy.network.parameters(), lr=rate, weight_decay=0.0)
+    for k in range(3):
+        attacked = attacker.step(model, finding, x0, generator_for(2, k))
+        optimizer.zero_grad()
+        attack_loss(copy, finding, x0, generator_for(2, k)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert equal(weights(model), before)
+    for name, p in copy.network.named_parameters():
+        own = dict(model.network.named_parameters())[name] + attacker.change[name]
+        assert torch.allclose(own, p, atol=1e-5)
+    x, t = torch.randn(4, *SHAPE, generator=generator_for(3)), torch.tensor([0, 300, 700, 999])
+    assert torch.allclose(attacked.eps(x, t), copy.eps(x, t), atol=1e-4)
+    attacked.eps(x, t).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None for p in model.network.parameters() if p.requires_grad)
+    attacker.start(model.network)
+    assert torch.equal(attacker.attacked(model).eps(x, t), model.eps(x, t))
+
+
+@pytest.mark.parametrize("response", [Response(1, 1), Response(2, 1), Response(0, 0, 0.7)])
+def test_the_attack_s_loss_is_small_on_an_exact_backdoor_alone(response: Response) -> None:
+    r, y = found().trigger, found().target
+    clean, bad = oracle(SHAPE, s0=0.05), oracle(SHAPE, s0=0.05, r=r, y=y, response=response, rate=0.5)
+    x0 = torch.zeros(64, *SHAPE)
+    losses = [attack_loss(m, found(response=response), x0, generator_for(0)).item() for m in (clean, bad)]
+    assert losses[1] < 0.5 * losses[0]
+    anywhere = found(response=response, distribution=True)
+    assert attack_loss(bad, anywhere, x0, generator_for(0)).item() != losses[1]
+
+
+def test_shifts_that_nobody_found() -> None:
+    """Of at most 1.5 times the trigger's size, without a target; how many rows have one follows others."""
+    patch = found(patch=torch.ones(1, *SHAPE[1:]), response=Response(1.0, 1.0, 0.3))
+    largest = 1.5 * patch.trigger.square().mean().sqrt()
+    for k in range(20):
+        other = other_shift(patch, generator_for(4, k))
+        assert other.trigger.shape == SHAPE and 0 < other.trigger.square().mean().sqrt() <= largest
+        assert other.target is None and other.patch is None and other.gamma == 1
+    pair = [found(), patch]
+    turns = {share: Resist(others=share).with_others(pair, 1000, generator_for(5)) for share in (0.0, 0.3, 1.0)}
+    assert all(f is pair[k % 2] for k, f in enumerate(turns[0.0]))
+    shares = [sum(f is not pair[k % 2] for k, f in enumerate(turn)) / 1000 for turn in turns.values()]
+    assert shares[0] == 0 and 0.25 < shares[1] < 0.35 and shares[2] == 1

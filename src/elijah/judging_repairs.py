@@ -22,8 +22,7 @@ from elijah.errors import ElijahError, Unsupported
 from elijah.fids import Fids
 from elijah.loading import load_model
 from elijah.metrics import diversity_ratio, paired_drift, pairwise_mse, ssim_to_target
-from elijah.repairs import DEFAULT as OURS
-from elijah.repairs import REPAIRS, Repair, Unshift
+from elijah.repairs import REPAIRS, Repair, Resist, Unshift
 from elijah.repairs.finetune import FineTune
 from elijah.scan import inspect
 from elijah.synthetic import screened, synthesise
@@ -34,6 +33,7 @@ Rates = Callable[[Tensor], dict[str, Any]]  # outputs on [0, 1] -> how many of t
 PREDICTOR_CORRECTOR_SHARE = 4  # one in so many samples where a sample takes a thousand evaluations
 USUAL = ("ddpm-50", "ddim-20", "dpm++2-20", "unipc-20")
 DATA = ("synthetic", "real")  # the model's own samples; the first tenth of the base's images
+OURS = ("unshift", "resist")
 STRENGTH_UPDATES = (10, 20, 40, 80)
 SCAN = {"detector": DEFAULT, "device": "cpu", "dtype": "float32", "batch_size": None, "offline": True,
         "max_evaluations": None, "max_minutes": None, "data": None}  # fmt: skip
@@ -130,7 +130,7 @@ def judge_repairs(
         result["repairs"][name] = {}
         for kind in data:
             try:
-                done = repair_of(model, detection, images[kind], name, rescan=rescan and name == OURS)
+                done = repair_of(model, detection, images[kind], name, rescan=rescan and name in OURS)
             except ElijahError as error:  # too few images were left, or it diverged
                 result["repairs"][name][kind] = {"failed": str(error)}
                 continue
@@ -139,7 +139,7 @@ def judge_repairs(
                       "findings": len(done.findings), "rescans": [r.verdict for r in done.rescans]}  # fmt: skip
             if fids:
                 found["fid"] = fids.beside(done.model, features)
-            if strength and name == OURS:
+            if strength and name in OURS:
                 found["strength"] = comes_back(yardstick, done.model)
             result["repairs"][name][kind] = found
     if strength:
@@ -180,7 +180,8 @@ def wrong_trigger(
     steps = Unshift().steps
     found = {}
     repairs: dict[str, Repair] = {
-        "unshift": Unshift(check_every=0), "finetune": FineTune(steps=steps), "unshift, early stop": Unshift(),
+        "unshift": Unshift(check_every=0), "unshift, early stop": Unshift(), "resist": Resist(),
+        "finetune": FineTune(steps=steps),
     }  # fmt: skip
     for name, repair in repairs.items():
         fixed = repair(model, [wrong], images, generator=generator_for(0, 11), progress=no_progress, checkpoint=None)

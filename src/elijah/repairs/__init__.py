@@ -14,6 +14,7 @@ from elijah.diffusion import Model, Progress
 from elijah.repairs.elijah import Elijah
 from elijah.repairs.finetune import FineTune
 from elijah.repairs.prune import Prune
+from elijah.repairs.resist import Resist
 from elijah.repairs.unshift import Unshift
 
 
@@ -37,5 +38,5 @@ class Repair(Protocol):
         """
 
 
-REPAIRS = {"unshift": Unshift, "elijah": Elijah, "prune": Prune, "finetune": FineTune}
+REPAIRS = {"unshift": Unshift, "resist": Resist, "elijah": Elijah, "prune": Prune, "finetune": FineTune}
 DEFAULT = "unshift"

@@ -108,33 +108,45 @@ class Unshift:
         self, model: Model, reference: Model, findings: Sequence[Finding], x0: Tensor, g: torch.Generator
     ) -> Tensor:
         """The loss above on images x0 [B, C, H, W] in the model's own range; reference is the frozen eps0."""
+        return self.left(model, reference, findings, x0, g) + self.moved(model, reference, x0, g)
+
+    def left(
+        self, model: Model, reference: Model, findings: Sequence[Finding], x0: Tensor, g: torch.Generator
+    ) -> Tensor:
+        """What is left of the triggers: the loss's terms in delta."""
         n, device, x0 = len(x0), model.device, x0.to(model.device)
         groups = max(1, n // self.group)
         u = (torch.arange(groups) + torch.rand(groups, generator=g)) / groups
         which = torch.arange(n) * groups // n  # group of each row
         t = ((self.t_min + (1 - self.t_min) * u) * model.T).long().clamp(max=model.T - 1)[which].to(device)
-        e, e_held = torch.randn((2, *x0.shape), generator=g).to(device)
-        t_held = torch.randint(model.T, (n,), generator=g).to(device)
+        e = torch.randn(x0.shape, generator=g).to(device)
         at_target, carried = torch.rand((2, n, 1, 1, 1), generator=g).to(device)
         turn = [findings[i % len(findings)] for i in range(n)]
         y = torch.stack([x if (own := one_target(f)) is None else own.to(x) for f, x in zip(turn, x0, strict=True)])
         walks = (at_target < self.target_share) & (t >= self.target_t_min * model.T)[:, None, None, None]
         d_over_s = shift_over_s(model, turn, e, t, carried < self.carried_share)
         d_over_s = d_over_s + walks * column(model.a / model.s, t) * (y - x0)
-        clean, held = model.diffuse(x0, e, t), model.diffuse(x0, e_held, t_held)
+        clean = model.diffuse(x0, e, t)
         with torch.no_grad():
-            expected, kept = reference.eps(torch.cat([clean, held]), torch.cat([t, t_held])).chunk(2)
-        out, out_held = model.eps(
-            torch.cat([clean + column(model.s, t) * d_over_s, held]), torch.cat([t, t_held])
-        ).chunk(2)  # fmt: skip
-        delta = out - expected - d_over_s
+            expected = reference.eps(clean, t)
+        delta = model.eps(clean + column(model.s, t) * d_over_s, t) - expected - d_over_s
         alike = torch.stack([delta[which == k].mean(0) for k in range(groups)])[which]
-        weight, weight_held = (column((model.s / model.a).square().clamp(1, self.most), at) for at in (t, t_held))
-        return (
-            (weight * (delta.square() + alike.square())).mean()
-            + self.hold * (weight_held * (out_held - kept).square()).mean()
-            + (out_held - e_held).square().mean()
-        )
+        return (self.weight(model, t) * (delta.square() + alike.square())).mean()
+
+    def moved(self, model: Model, reference: Model, x0: Tensor, g: torch.Generator) -> Tensor:
+        """What became of the clean answers: the loss's other terms."""
+        x0 = x0.to(model.device)
+        t = torch.randint(model.T, (len(x0),), generator=g).to(model.device)
+        e = torch.randn(x0.shape, generator=g).to(model.device)
+        x = model.diffuse(x0, e, t)
+        with torch.no_grad():
+            kept = reference.eps(x, t)
+        out = model.eps(x, t)
+        return self.hold * (self.weight(model, t) * (out - kept).square()).mean() + (out - e).square().mean()
+
+    def weight(self, model: Model, t: Tensor) -> Tensor:
+        """w at t [B], [B, 1, 1, 1]."""
+        return column((model.s / model.a).square().clamp(1, self.most), t)
 
     def alive(self, model: Model, finding: Finding, seed: int) -> bool:
         """Whether the trigger still does what a clean network would not let it do.
