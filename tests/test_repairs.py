@@ -13,6 +13,7 @@ from conftest import equal, random_model, weights
 from oracle import oracle
 
 from elijah import training
+from elijah.bases import new_model
 from elijah.data import load_images, to_uint8
 from elijah.detection import Finding
 from elijah.diffusion import Model, Progress, generator_for, no_progress
@@ -119,6 +120,16 @@ def test_a_killed_repair_goes_on(
     assert calls == 3 and file.is_file()
     again = repaired(name, found(), digits, checkpoint=file)
     assert equal(weights(again), weights(whole)) and again.updates == 3
+
+
+@pytest.mark.parametrize("name", REPAIRS)
+def test_variance_exploding_models_are_repaired_too(name: str, digits: torch.Tensor) -> None:
+    """They take sigma for t, and have a frequency that no update may touch."""
+    model = new_model(SHAPE, seed=0, channels=(8, 8), kind="ncsn")
+    fixed = repaired(name, found(response=Response(1.0, 0.0)), digits, model=model)
+    assert fixed.updates == 3 and all(torch.isfinite(v).all() for v in weights(fixed).values())
+    changed = {key for key, value in weights(fixed).items() if not torch.equal(value, weights(model)[key])}
+    assert changed and not any("time_proj" in key for key in changed)
 
 
 def test_there_is_a_default() -> None:
