@@ -13,7 +13,7 @@ import torch
 from conftest import weights
 
 from elijah import bench_repairs, cli, judging_repairs
-from elijah.bench_repairs import is_diverse, is_gone, repairs_table
+from elijah.bench_repairs import is_diverse, is_gone, repairs_table, strength_medians
 from elijah.detection import Detection, Evidence, Finding
 from elijah.diffusion import Model
 from elijah.errors import ElijahError
@@ -207,6 +207,20 @@ def test_the_summary_has_intervals() -> None:
         "| unshift | synthetic | 4 | 75 (30 to 95) | 60 (23 to 88) | 75 (30 to 95) | 100 (51 to 100) | 100 (51 to 100)"
     )
     assert f"{row} | 0.10 | 60 | 3 | 0 | 4 of 4 |" in table
+
+
+def test_the_strength_table_ends_with_medians() -> None:
+    rows = [
+        {
+            "id": str(k),
+            "before": {},
+            "repairs": {},
+            "reference": {"strength": {"success": {"0": 0.0, "80": v}, "area": v}},
+        }
+        for k, v in enumerate((0.1, 0.2, 0.6))
+    ]
+    lines = strength_medians([*rows, {"id": "missed", "repairs": {}}])
+    assert lines == ["| median of 3 | the clean base | 0: 0 %, 80: 20 % | 0.20 |"]
 
 
 def test_the_command_collects_what_is_there(

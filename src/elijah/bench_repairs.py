@@ -240,6 +240,7 @@ def more_tables(results: list[dict[str, Any]]) -> list[str]:
         found = [line for result in results if "before" in result for line in make(result)]
         if found:
             title, head = heads[key]
+            found += strength_medians(results) if key == "strength" else []
             lines += [f"## {title}", "", head, "|---" * (head.count("|") - 1) + "|", *found, ""]
     return lines
 
@@ -266,10 +267,31 @@ def harm_rows(found: dict[str, Any]) -> list[str]:
 
 
 def strength_rows(found: dict[str, Any]) -> list[str]:
-    named = [("the clean base", found["reference"]), *((f"{r}, {d}", done) for r, d, done in repaired([found]))]
-    rows = []
-    for name, x in named:
-        if "strength" in x:
-            course = ", ".join(f"{k}: {100 * v:.0f} %" for k, v in x["strength"]["success"].items())
-            rows.append(f"| {found['id']} | {name} | {course} | {x['strength']['area']:.2f} |")
-    return rows
+    return [strength_row(found["id"], name, x["success"], x["area"]) for name, x in strengths(found).items()]
+
+
+def strengths(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By what was attacked again: its success by update, and the area below."""
+    named = {"the clean base": found["reference"]} | {f"{r}, {d}": done for r, d, done in repaired([found])}
+    return {name: x["strength"] for name, x in named.items() if "strength" in x}
+
+
+def strength_medians(results: list[dict[str, Any]]) -> list[str]:
+    """A row a start: the medians over the models that were attacked again from it."""
+    all_of: dict[str, list[dict[str, Any]]] = {}
+    for found in results:
+        for name, x in (strengths(found) if "before" in found else {}).items():
+            all_of.setdefault(name, []).append(x)
+    return [
+        strength_row(
+            f"median of {len(own)}", name,
+            {k: statistics.median(x["success"][k] for x in own) for k in own[0]["success"]},
+            statistics.median(x["area"] for x in own),
+        )
+        for name, own in all_of.items()
+    ]  # fmt: skip
+
+
+def strength_row(which: str, start: str, success: dict[str, float], area: float) -> str:
+    course = ", ".join(f"{k}: {100 * v:.0f} %" for k, v in success.items())
+    return f"| {which} | {start} | {course} | {area:.2f} |"
