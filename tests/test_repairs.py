@@ -19,7 +19,7 @@ from elijah.detection import Finding
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.metrics import paired_drift
 from elijah.repairs import DEFAULT, REPAIRS, Prune, Resist, Unshift
-from elijah.repairs.resist import Attacker, attack_loss, other_shift
+from elijah.repairs.resist import Attacker, at, attack_loss, other_shift
 from elijah.repairs.unshift import loss_ratio
 from elijah.response import Response
 from elijah.trigger import make_trigger
@@ -270,12 +270,29 @@ def test_the_simulated_attacker_is_adamw_on_moved_weights() -> None:
     for name, p in copy.network.named_parameters():
         own = dict(model.network.named_parameters())[name] + attacker.change[name]
         assert torch.allclose(own, p, atol=1e-5)
+    assert all(p.grad is None for p in model.network.parameters())
     x, t = torch.randn(4, *SHAPE, generator=generator_for(3)), torch.tensor([0, 300, 700, 999])
     assert torch.allclose(attacked.eps(x, t), copy.eps(x, t), atol=1e-4)
     attacked.eps(x, t).sum().backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None for p in model.network.parameters() if p.requires_grad)
     attacker.start(model.network)
-    assert torch.equal(attacker.attacked(model).eps(x, t), model.eps(x, t))
+    assert torch.equal(at(model, attacker.change).eps(x, t), model.eps(x, t))
+
+
+def test_the_repair_is_made_at_the_attacked_weights(digits: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at the repair's own, and as much as resist says."""
+    one = weights(repaired("resist", found(), digits))
+    monkeypatch.setitem(REPAIRS, "resist", functools.partial(Resist, resist=0.0))
+    assert not equal(one, weights(repaired("resist", found(), digits)))
+    monkeypatch.setitem(REPAIRS, "resist", Resist)
+    step = Attacker.step
+
+    def idle(self: Attacker, model: Model, *how: Any) -> Model:
+        step(self, model, *how)  # draws what it draws
+        return model
+
+    monkeypatch.setattr(Attacker, "step", idle)
+    assert not equal(one, weights(repaired("resist", found(), digits)))
 
 
 @pytest.mark.parametrize("response", [Response(1, 1), Response(2, 1), Response(0, 0, 0.7)])

@@ -115,33 +115,27 @@ class Attacker:
     """AdamW without decay on the attacker's loss; change: what his updates add to the weights, by name."""
 
     lr: float
-    steps: int = 0
 
     def start(self, network: torch.nn.Module) -> None:
         """From the network's present weights."""
-        self.steps = 0
-        self.change, self.mean, self.square = (
-            {name: torch.zeros_like(p) for name, p in network.named_parameters()} for _ in range(3)
-        )
+        self.change = {
+            name: torch.zeros_like(p).requires_grad_(p.requires_grad) for name, p in network.named_parameters()
+        }
+        self.trained = [c for c in self.change.values() if c.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=self.lr, weight_decay=0.0)
 
     def step(self, model: Model, finding: Finding, x0: Tensor, g: torch.Generator) -> Model:
-        """One update, on as many rows as x0 [B, C, H, W]; the model with the change that has come of all so far."""
-        named = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
-        self.steps += 1
-        gradients = torch.autograd.grad(
-            attack_loss(self.attacked(model), finding, x0.to(model.device), g), list(named.values())
-        )
-        for name, gradient in zip(named, gradients, strict=True):
-            self.mean[name].lerp_(gradient, 0.1)
-            self.square[name].lerp_(gradient.square(), 0.001)
-            mean = self.mean[name] / (1 - 0.9**self.steps)
-            root = (self.square[name] / (1 - 0.999**self.steps)).sqrt()
-            self.change[name] = self.change[name] - self.lr * mean / (root + 1e-8)
-        return self.attacked(model)
+        """One update, on as many rows as x0 [B, C, H, W]; the model at its weights plus the change, held fixed."""
+        value = attack_loss(at(model, self.change), finding, x0.to(model.device), g)
+        for change, gradient in zip(self.trained, torch.autograd.grad(value, self.trained), strict=True):
+            change.grad = gradient
+        self.optimizer.step()
+        return at(model, {name: change.detach() for name, change in self.change.items()})
 
-    def attacked(self, model: Model) -> Model:
-        """The model at its weights plus the change; gradients reach its own weights."""
-        return replace(model, network=Changed(model.network, self.change))
+
+def at(model: Model, change: dict[str, Tensor]) -> Model:
+    """The model at its weights plus the change; gradients reach both."""
+    return replace(model, network=Changed(model.network, change))
 
 
 class Changed(torch.nn.Module):
