@@ -18,15 +18,14 @@ from elijah.data import load_images, to_uint8
 from elijah.detection import Finding
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.metrics import paired_drift
-from elijah.repairs import DEFAULT, REPAIRS, Prune, Resist, Unshift
-from elijah.repairs.resist import Attacker, at, attack_loss, other_shift
+from elijah.repairs import DEFAULT, REPAIRS, Distill, Prune, Unshift
 from elijah.repairs.unshift import loss_ratio
 from elijah.response import Response
 from elijah.trigger import make_trigger
 
 SHAPE = (1, 8, 8)
 USES = {  # of a finding
-    "unshift": {"trigger", "target", "response"}, "resist": {"trigger", "target", "response"},
+    "unshift": {"trigger", "target", "response"}, "distill": {"trigger", "target", "response"},
     "elijah": {"trigger"}, "prune": {"trigger", "response"}, "finetune": set(),
 }  # fmt: skip
 
@@ -45,8 +44,7 @@ def repaired(
     name: str, finding: Finding | list[Finding], images: torch.Tensor, *, seed: int = 0, model: Model | None = None,
     checkpoint: Path | None = None, progress: Progress = no_progress,
 ) -> Model:  # fmt: skip
-    rows: dict[str, Any] = {"batch_size": 16, "group": 2} if name in ("unshift", "resist") else {"batch_size": 4}
-    rows |= {"last": 1, "attack_steps": 1} if name == "resist" else {}
+    rows: dict[str, Any] = {"batch_size": 16, "group": 2} if name in ("unshift", "distill") else {"batch_size": 4}
     repair = REPAIRS[name](steps=3, **rows)
     findings = finding if isinstance(finding, list) else [finding]
     fixed: Model = repair(
@@ -254,68 +252,39 @@ def test_a_forced_repair_of_a_clean_model_moves_it_little() -> None:
     assert 0 < drift < 1e-4  # its updates could carry every pixel 0.05, a drift of 2.5e-3
 
 
-def test_the_simulated_attacker_is_adamw_on_moved_weights() -> None:
-    """His change is what torch's AdamW makes of the same losses, and the model's own weights stay where they are."""
-    model, finding, rate = random_model(), found(), 1e-3
-    x0 = torch.rand(8, *SHAPE, generator=generator_for(1))
-    before, attacker, copy = weights(model), Attacker(rate), model.clone()
-    attacker.start(model.network)
-    optimizer = torch.optim.AdamW(copy.network.parameters(), lr=rate, weight_decay=0.0)
-    for k in range(3):
-        attacked = attacker.step(model, finding, x0, generator_for(2, k))
-        optimizer.zero_grad()
-        attack_loss(copy, finding, x0, generator_for(2, k)).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    assert equal(weights(model), before)
-    for name, p in copy.network.named_parameters():
-        own = dict(model.network.named_parameters())[name] + attacker.change[name]
-        assert torch.allclose(own, p, atol=1e-5)
-    assert all(p.grad is None for p in model.network.parameters())
-    x, t = torch.randn(4, *SHAPE, generator=generator_for(3)), torch.tensor([0, 300, 700, 999])
-    assert torch.allclose(attacked.eps(x, t), copy.eps(x, t), atol=1e-4)
-    attacked.eps(x, t).sum().backward()  # type: ignore[no-untyped-call]
-    assert all(p.grad is not None for p in model.network.parameters() if p.requires_grad)
-    attacker.start(model.network)
-    assert torch.equal(at(model, attacker.change).eps(x, t), model.eps(x, t))
+def test_what_is_kept_of_the_weights() -> None:
+    """kept is their correlation with those of before; their size stays; biases and norms are untouched."""
+    model = new_model((3, 16, 16), seed=0)
+    for p in model.network.parameters():
+        torch.nn.init.normal_(p, 0.01, 0.1, generator=generator_for(1, p.numel()))  # the last layer's are zeros
+    before = weights(model)
+    for kept in (0.3, 0.7, 1.0):
+        begun = dict(Distill(kept=kept).begin(model, seed=5).network.named_parameters())
+        assert equal(weights(model), before)
+        for name, p in model.network.named_parameters():
+            if p.dim() == 1:
+                assert torch.equal(begun[name], p)
+            elif p.numel() > 5000:
+                pair = torch.stack([p.detach().flatten(), begun[name].detach().flatten()])
+                assert torch.corrcoef(pair)[0, 1].item() == pytest.approx(kept, abs=0.05)
+                assert (pair[1].std() / pair[0].std()).item() == pytest.approx(1, abs=0.05)
+    assert equal(weights(Distill().begin(model, seed=5)), weights(Distill().begin(model, seed=5)))
+    assert not equal(weights(Distill().begin(model, seed=5)), weights(Distill().begin(model, seed=6)))
 
 
-def test_the_repair_is_made_at_the_attacked_weights(digits: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not at the repair's own, and as much as resist says."""
-    one = weights(repaired("resist", found(), digits))
-    monkeypatch.setitem(REPAIRS, "resist", functools.partial(Resist, resist=0.0))
-    assert not equal(one, weights(repaired("resist", found(), digits)))
-    monkeypatch.setitem(REPAIRS, "resist", Resist)
-    step = Attacker.step
+def test_distill_is_unshift_from_other_weights(digits: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all kept the two are the same; the teacher is the input model, without the noise."""
+    rows: dict[str, Any] = {"steps": 3, "batch_size": 16, "group": 2, "lr": 1e-3}
+    model, teachers, left = random_model(), [], Distill.left
 
-    def idle(self: Attacker, model: Model, *how: Any) -> Model:
-        step(self, model, *how)  # draws what it draws
-        return model
+    def taught(self: Distill, m: Model, teacher: Model, *more: Any) -> torch.Tensor:
+        teachers.append(weights(teacher))
+        return left(self, m, teacher, *more)
 
-    monkeypatch.setattr(Attacker, "step", idle)
-    assert not equal(one, weights(repaired("resist", found(), digits)))
-
-
-@pytest.mark.parametrize("response", [Response(1, 1), Response(2, 1), Response(0, 0, 0.7)])
-def test_the_attack_s_loss_is_small_on_an_exact_backdoor_alone(response: Response) -> None:
-    r, y = found().trigger, found().target
-    clean, bad = oracle(SHAPE, s0=0.05), oracle(SHAPE, s0=0.05, r=r, y=y, response=response, rate=0.5)
-    x0 = torch.zeros(64, *SHAPE)
-    losses = [attack_loss(m, found(response=response), x0, generator_for(0)).item() for m in (clean, bad)]
-    assert losses[1] < 0.5 * losses[0]
-    anywhere = found(response=response, distribution=True)
-    assert attack_loss(bad, anywhere, x0, generator_for(0)).item() != losses[1]
-
-
-def test_shifts_that_nobody_found() -> None:
-    """Of at most 1.5 times the trigger's size, without a target; how many rows have one follows others."""
-    patch = found(patch=torch.ones(1, *SHAPE[1:]), response=Response(1.0, 1.0, 0.3))
-    largest = 1.5 * patch.trigger.square().mean().sqrt()
-    for k in range(20):
-        other = other_shift(patch, generator_for(4, k))
-        assert other.trigger.shape == SHAPE and 0 < other.trigger.square().mean().sqrt() <= largest
-        assert other.target is None and other.patch is None and other.gamma == 1
-    pair = [found(), patch]
-    turns = {share: Resist(others=share).with_others(pair, 1000, generator_for(5)) for share in (0.0, 0.3, 1.0)}
-    assert all(f is pair[k % 2] for k, f in enumerate(turns[0.0]))
-    shares = [sum(f is not pair[k % 2] for k, f in enumerate(turn)) / 1000 for turn in turns.values()]
-    assert shares[0] == 0 and 0.25 < shares[1] < 0.35 and shares[2] == 1
+    monkeypatch.setattr(Distill, "left", taught)
+    repairs = (Unshift(check_every=0, **rows), Distill(kept=1.0, **rows), Distill(**rows))
+    ended = [weights(repair(model, [found()], digits, generator=generator_for(0))) for repair in repairs]
+    assert all(torch.allclose(ended[0][name], ended[1][name], atol=1e-6) for name in ended[0])
+    assert not all(torch.allclose(ended[0][name], ended[2][name], atol=1e-2) for name in ended[0])
+    assert len(teachers) == 6 and all(equal(teacher, weights(model)) for teacher in teachers)
+    assert Distill().rate_for(model) == pytest.approx(3 * Unshift().rate_for(model))

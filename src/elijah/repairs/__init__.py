@@ -11,10 +11,10 @@ from torch import Tensor
 
 from elijah.detection import Finding
 from elijah.diffusion import Model, Progress
+from elijah.repairs.distill import Distill
 from elijah.repairs.elijah import Elijah
 from elijah.repairs.finetune import FineTune
 from elijah.repairs.prune import Prune
-from elijah.repairs.resist import Resist
 from elijah.repairs.unshift import Unshift
 
 
@@ -38,5 +38,5 @@ class Repair(Protocol):
         """
 
 
-REPAIRS = {"unshift": Unshift, "resist": Resist, "elijah": Elijah, "prune": Prune, "finetune": FineTune}
+REPAIRS = {"unshift": Unshift, "distill": Distill, "elijah": Elijah, "prune": Prune, "finetune": FineTune}
 DEFAULT = "unshift"

@@ -81,9 +81,9 @@ class Unshift:
         checkpoint: Path | None = None,
     ) -> Model:
         """A repaired copy of model. images: clean or synthetic, uint8 [N, C, H, W]."""
-        repaired = model.clone()
         rows = model.prepare(images)
         seed = int(torch.randint(2**62, (1,), generator=generator))
+        repaired = self.begin(model, seed)
 
         def loss(m: Model, g: torch.Generator) -> Tensor:
             return self.loss(m, model, findings, batch(rows, share_of(self.batch_size), g), g)
@@ -97,12 +97,19 @@ class Unshift:
             m.network.train()
             return ended
 
-        settings = Optimiser(
-            self.steps, lr=self.lr or rate_for(model), warmup=min(self.warmup, self.steps // 2), checkpoint_every=10
-        )
+        lr, warmup = self.lr or self.rate_for(model), min(self.warmup, self.steps // 2)
+        settings = Optimiser(self.steps, lr=lr, warmup=warmup, checkpoint_every=10)
         return optimise(
             repaired, loss, settings, seed=seed, checkpoint=checkpoint, progress=progress, what="repairing", stop=enough
         )
+
+    def begin(self, model: Model, seed: int) -> Model:
+        """The copy that the first update is made on."""
+        return model.clone()
+
+    def rate_for(self, model: Model) -> float:
+        """AdamW's: 2e-4 at 4 M parameters, in proportion to 1 / width (Yang et al. 2021), so to parameters^-0.5."""
+        return float(min(1e-3, max(5e-5, 2e-4 * (4e6 / model.parameters) ** 0.5)))
 
     def loss(
         self, model: Model, reference: Model, findings: Sequence[Finding], x0: Tensor, g: torch.Generator
@@ -173,11 +180,6 @@ class Unshift:
         e = model.noise(OUTPUTS, generator_for(seed, 2**31 + 2))
         before, after = (m.pixels(m.sample(e, SAMPLERS[-1], seed=seed)) for m in (model, repaired))
         return paired_drift(before, after) <= self.max_drift * pairwise_mse(before)
-
-
-def rate_for(model: Model) -> float:
-    """AdamW's rate: 2e-4 at 4 M parameters, in proportion to 1 / width (Yang et al. 2021), so to parameters^-0.5."""
-    return float(min(1e-3, max(5e-5, 2e-4 * (4e6 / model.parameters) ** 0.5)))
 
 
 def shift_over_s(model: Model, findings: Sequence[Finding], e: Tensor, t: Tensor, carried: Tensor) -> Tensor:
