@@ -168,7 +168,7 @@ class InceptionFeatures(nn.Module):
         x = F.max_pool2d(x, 3, 2)
         for name in self.mixed:
             x = self.get_submodule(name)(x)
-        return x.mean((2, 3), dtype=torch.float32)
+        return x.mean((2, 3))
 
 
 def load_inception(path: Path | str | None = None) -> InceptionFeatures:
@@ -194,21 +194,18 @@ def inception_features(
     *,
     network: InceptionFeatures | None = None,
     batch_size: int = 32,
-    dtype: torch.dtype = torch.float32,
     progress: Progress = no_progress,
 ) -> Tensor:
     """The FID features [N, 2048], float32 on the CPU, of images [N, 3 or 1, H, W]: on [0, 1], or uint8.
 
-    network: None loads the stock weights. dtype bfloat16 runs under autocast: compare only numbers of the same dtype.
-    For a FID like others' round samples to uint8 first, as image files do.
+    network: None loads the stock weights. For a FID like others' round samples to uint8 first, as image files do.
     """
     network = network or load_inception()
     device = next(network.parameters()).device
     parts = []
     for k, chunk in enumerate(images.split(batch_size)):
         x = chunk.to(device).float() / (1 if images.is_floating_point() else 255)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            parts.append(network(x).float().cpu())
+        parts.append(network(x).cpu())
         progress("inception features", min((k + 1) * batch_size, len(images)), len(images))
     return torch.cat(parts) if parts else torch.empty(0, 2048)
 

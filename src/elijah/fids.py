@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,16 +46,16 @@ class Fids:
 
         def make() -> Tensor:
             e = model.noise(self.n, generator_for(777))
-            return inception_features(model.pixels(model.sample(e, model.quick_sampler, seed=7)), dtype=torch.bfloat16)
+            return inception_features(model.pixels(model.sample(e, model.quick_sampler, seed=7)))
 
         return self.kept(name, make) if name else make()
 
     def real(self) -> Tensor:
         """Those of the images [N, D]."""
-        return self.kept(f"{self.base}.images", lambda: inception_features(self.images(), dtype=torch.bfloat16))
+        return self.kept(f"{self.base}.images", lambda: inception_features(self.images()))
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        file = self.home / f"{name}.{self.n}.inception.safetensors"
+        file = self.home / f"{name}.{self.n}.float32.inception.safetensors"
         if not file.is_file():
             save_file({"features": make()}, file)
         return load_file(file)["features"]
