@@ -253,23 +253,30 @@ def test_a_forced_repair_of_a_clean_model_moves_it_little() -> None:
 
 
 def test_what_is_kept_of_the_weights() -> None:
-    """kept is their correlation with those of before; their size stays; biases and norms are untouched."""
-    model = new_model((3, 16, 16), seed=0)
+    """kept is their correlation with those of before, level by level; their size stays, and so does all outside."""
+    model = new_model((3, 16, 16), seed=0, channels=(32, 32, 32))
     for p in model.network.parameters():
-        torch.nn.init.normal_(p, 0.01, 0.1, generator=generator_for(1, p.numel()))  # the last layer's are zeros
-    before = weights(model)
-    for kept in (0.3, 0.7, 1.0):
-        begun = dict(Distill(kept=kept).begin(model, seed=5).network.named_parameters())
-        assert equal(weights(model), before)
-        for name, p in model.network.named_parameters():
-            if p.dim() == 1:
-                assert torch.equal(begun[name], p)
-            elif p.numel() > 5000:
-                pair = torch.stack([p.detach().flatten(), begun[name].detach().flatten()])
-                assert torch.corrcoef(pair)[0, 1].item() == pytest.approx(kept, abs=0.05)
-                assert (pair[1].std() / pair[0].std()).item() == pytest.approx(1, abs=0.05)
-    assert equal(weights(Distill().begin(model, seed=5)), weights(Distill().begin(model, seed=5)))
-    assert not equal(weights(Distill().begin(model, seed=5)), weights(Distill().begin(model, seed=6)))
+        torch.nn.init.normal_(p, 0.01, 0.1, generator=generator_for(1, p.numel()))
+    before, kept = weights(model), (1.0, 0.7, 0.1)
+    begun = weights(Distill(kept=kept).begin(model, seed=5))
+    assert equal(weights(model), before) and equal(begun, weights(Distill(kept=kept).begin(model, seed=5)))
+    assert not equal(begun, weights(Distill(kept=kept).begin(model, seed=6)))
+    levels = {"down_blocks.0": 0, "down_blocks.1": 1, "down_blocks.2": 2, "mid_block": 2, "up_blocks.0": 2,
+              "up_blocks.1": 1, "up_blocks.2": 0}  # fmt: skip
+    seen = set()
+    for name, p in before.items():
+        level = next((level for block, level in levels.items() if name.startswith(block)), 0)
+        if p.dim() == 1 or level == 0:
+            assert torch.equal(begun[name], p)
+        elif p.numel() > 5000:
+            pair = torch.stack([p.flatten(), begun[name].flatten()])
+            assert torch.corrcoef(pair)[0, 1].item() == pytest.approx(kept[level], abs=0.05)
+            assert (pair[1].std() / pair[0].std()).item() == pytest.approx(1, abs=0.05)
+            seen.add(level)
+    assert seen == {1, 2}
+    deep = weights(Distill(kept=(1.0, 0.7)).begin(model, seed=5))["mid_block.resnets.0.conv1.weight"]
+    pair = torch.stack([deep.flatten(), before["mid_block.resnets.0.conv1.weight"].flatten()])
+    assert torch.corrcoef(pair)[0, 1].item() == pytest.approx(0.7, abs=0.05)
 
 
 def test_distill_is_unshift_from_other_weights(digits: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +289,7 @@ def test_distill_is_unshift_from_other_weights(digits: torch.Tensor, monkeypatch
         return left(self, m, teacher, *more)
 
     monkeypatch.setattr(Distill, "left", taught)
-    repairs = (Unshift(check_every=0, **rows), Distill(kept=1.0, **rows), Distill(**rows))
+    repairs = (Unshift(check_every=0, **rows), Distill(kept=(1.0,), **rows), Distill(**rows))
     ended = [weights(repair(model, [found()], digits, generator=generator_for(0))) for repair in repairs]
     assert all(torch.allclose(ended[0][name], ended[1][name], atol=1e-6) for name in ended[0])
     assert not all(torch.allclose(ended[0][name], ended[2][name], atol=1e-2) for name in ended[0])

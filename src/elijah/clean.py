@@ -35,7 +35,7 @@ from elijah.scan import as_dtype, describe, inspect, picture
 from elijah.synthetic import screened, screening_words, synthesise
 
 ROUNDS = 3  # of repair and rescan, at the most
-SYNTHETIC = 128  # images that the model samples itself where no data are given; half as many if they are costly
+SYNTHETIC = 512  # images that the model samples itself where no data are given; an eighth if they are costly
 SAMPLES = 16
 Checkpoint = Callable[[str], Path]  # by what the repair is made from: where it is kept while it runs
 
@@ -184,7 +184,7 @@ def with_folder(report: CleanReport, out: Path) -> CleanReport:
 
 def enough(model: Model) -> int:
     """How many synthetic images to repair with, where the user does not say."""
-    return SYNTHETIC // 2 if model.exploding else SYNTHETIC
+    return SYNTHETIC // 8 if model.exploding else SYNTHETIC
 
 
 def unrepaired(before: Report) -> CleanReport:

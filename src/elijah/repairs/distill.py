@@ -1,4 +1,4 @@
-"""Distill: the network is made half of noise, and is taught the input model's clean answers again.
+"""Distill: the deeper levels of the network are made noise, and learn the input model's clean answers again.
 
 After Unshift the weights lie near those of the backdoored network, and a few updates on poisoned data wake the
 backdoor. What a network's outputs were taught to hide its weights go on to know; a network that learns from outputs
@@ -8,12 +8,15 @@ alone does not learn it (Lee et al., Distillation Robustifies Unlearning, NeurIP
 
 in every weight of two or more dimensions, of a variance as before, and minimises Unshift's loss, whose teacher eps0 is
 the input model without noise: it answers for images without a trigger, and for those with one as if the trigger were
-noise. The smaller kept is, the less of the backdoor is left, and the more updates the clean answers take to return.
+noise. kept falls with the level of the U-Net. At full resolution all is kept: what is fine in an image is decided there
+and would take a whole training to return; what tells a trigger from noise is mostly below, and returns in few updates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,25 +26,37 @@ from elijah.repairs.unshift import Unshift
 
 @dataclass(frozen=True)
 class Distill(Unshift):
-    """kept: how alike the weights of the first update are to the input model's, as a correlation.
+    """kept: by level of the U-Net, how alike the first update's weights are to the input model's, as a correlation.
 
-    Its rate is higher than Unshift's, and it does not end early: the clean answers need all updates.
+    The last is that of all deeper levels. The rate is higher than Unshift's, and the repair does not end early: the
+    clean answers need all updates.
     """
 
     steps: int = 400
     check_every: int = 0
-    kept: float = 0.7
+    kept: tuple[float, ...] = (1.0, 0.7, 0.1)
 
     def begin(self, model: Model, seed: int) -> Model:
         """theta' of the module's docstring, with noise by seed."""
         copy, g = model.clone(), generator_for(seed, 2**31 + 3)
         with torch.no_grad():
-            for p in copy.network.parameters():
-                if p.dim() > 1:
-                    n = torch.randn(p.shape, generator=g).to(p)
-                    p.mul_(self.kept).add_(n * p.std() * ((1 - self.kept**2) ** 0.5 / self.kept))
+            for level, block in blocks(copy.network):
+                kept = self.kept[min(level, len(self.kept) - 1)]
+                for p in block.parameters():
+                    if p.dim() > 1:
+                        n = p.std() * torch.randn(p.shape, generator=g).to(p)
+                        p.mul_(kept).add_((1 - kept**2) ** 0.5 * n)
         return copy
 
     def rate_for(self, model: Model) -> float:
         """Three times Unshift's: the weights have far to go."""
         return 3 * super().rate_for(model)
+
+
+def blocks(network: Any) -> Iterator[tuple[int, torch.nn.Module]]:
+    """The blocks of a UNet2DModel, each with its level: 0 at full resolution, 1 at half of it."""
+    deepest = len(network.down_blocks) - 1
+    yield from enumerate(network.down_blocks)
+    yield deepest, network.mid_block
+    for k, block in enumerate(network.up_blocks):
+        yield deepest - k, block
