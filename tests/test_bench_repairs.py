@@ -74,6 +74,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, "inspect", inspect)
     monkeypatch.setattr(importlib.import_module("elijah.zoo"), "USUAL", ("ddpm-2",))
     monkeypatch.setattr(judging_repairs, "STRENGTH_UPDATES", (1, 2))
+    monkeypatch.setattr(cleaning, "SYNTHETIC", 64)
     for name in ("Unshift", "Distill"):
         own = getattr(judging_repairs, name)
         monkeypatch.setattr(judging_repairs, name, functools.partial(own, steps=2, batch_size=2))
@@ -111,6 +112,7 @@ def test_every_repair_is_measured_with_both_sorts_of_data(scans: list[str], tmp_
                 assert set(numbers["asr"]) == {"0.01", "0.05", "0.1"}
             assert done["updates"] == 2 and done["rescans"] == [] and done["drift"]["ddim-4"]["mse"] > 0
     assert set(found["before"]["samplers"]) == set(found["reference"]["samplers"]) == {"ddim-4", "ddpm-2"}
+    assert found["before"]["loss"] > 0 and found["reference"]["loss"] > 0
     assert "drift" not in found["before"] and "harm" not in found and "strength" not in found["reference"]
 
 
@@ -136,7 +138,7 @@ def test_rescans_harm_and_strength(scans: list[str], tmp_path: Path) -> None:
 
 
 def test_fid_before_and_after(scans: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def features(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def features(images: torch.Tensor) -> torch.Tensor:
         return images.float().flatten(1)[:, :3].contiguous()
 
     monkeypatch.setattr(importlib.import_module("elijah.fids"), "inception_features", features)
@@ -196,9 +198,9 @@ def test_what_counts_as_gone_and_as_diverse() -> None:
 def test_the_summary_has_intervals() -> None:
     done = {"updates": 60, "seconds": 3.0, "findings": 1, "rescans": ["clean"], "harm": []}
     results = [
-        {"id": str(k), "before": outcome(1, 0, 0), "reference": outcome(0, 0, 1), "scan": {"verdict": "backdoored"},
-         "repairs": {"unshift": {"synthetic": outcome(asr, 0, 1.0) | done}}}
-        for k, asr in enumerate((0.0, 0.0, 0.0, 0.5))
+        {"id": str(k), "before": outcome(1, 0, 0) | {"loss": 0.5}, "reference": outcome(0, 0, 1),
+         "scan": {"verdict": "backdoored"}, "repairs": {"unshift": {"synthetic": outcome(asr, 0, 1.0) | done | loss}}}
+        for k, (asr, loss) in enumerate(((0.0, {"loss": 0.5}), (0.0, {"loss": 0.6}), (0.0, {"loss": 1.0}), (0.5, {})))
     ]  # fmt: skip
     missed = {"id": "missed", "scan": {"verdict": "clean"}, "repairs": {}, "data": ["synthetic"]}
     results += [missed | {"asked": ["unshift"]}, missed | {"asked": ["prune"]}]
@@ -206,7 +208,8 @@ def test_the_summary_has_intervals() -> None:
     row = (
         "| unshift | synthetic | 4 | 75 (30 to 95) | 60 (23 to 88) | 75 (30 to 95) | 100 (51 to 100) | 100 (51 to 100)"
     )
-    assert f"{row} | 0.10 | 60 | 3 | 0 | 4 of 4 |" in table
+    assert f"{row} | 0.10 | 1.20 | 60 | 3 | 0 | 4 of 4 |" in table  # the last was made before the loss was measured
+    assert [line.split(" | ")[8] for line in table.splitlines() if line.startswith("| 3 | unshift")] == ["-"]
 
 
 def test_the_strength_table_ends_with_medians() -> None:

@@ -98,20 +98,21 @@ def repairs_table(results: list[dict[str, Any]]) -> str:
     """A row a model, repair and data, worst case over the samplers; then the summary by repair and data."""
     lines = ["## What is left of the attacks", "",
              "| model | repair | data | success at 0.01 / 0.05 / 0.1, % | of clean outputs, % | diversity | SSIM "
-             "| drift | updates | seconds | findings | rescan | harm |", "|---" * 13 + "|"]  # fmt: skip
+             "| drift | loss | updates | seconds | findings | rescan | harm |", "|---" * 14 + "|"]  # fmt: skip
     for found in results:
         if "before" not in found:
-            lines.append(f"| {found['id']} | - | - | scan: {found['scan']['verdict']} |" + " |" * 9)
+            lines.append(f"| {found['id']} | - | - | scan: {found['scan']['verdict']} |" + " |" * 10)
             continue
         for name, outcome in (("before", found["before"]), ("(the clean base)", found["reference"])):
-            lines.append(f"| {found['id']} | {name} | - | {' | '.join(worst_cells(outcome))} |" + " - |" * 6)
+            lines.append(f"| {found['id']} | {name} | - | {' | '.join(worst_cells(outcome))} |" + " - |" * 7)
         for repair, data, done in repaired([found]):
             if "failed" in done:
-                lines.append(f"| {found['id']} | {repair} | {data} | {done['failed']} |" + " |" * 9)
+                lines.append(f"| {found['id']} | {repair} | {data} | {done['failed']} |" + " |" * 10)
                 continue
-            cells = [*worst_cells(done), f"{drift_of(done):.2f}", str(done["updates"]), f"{done['seconds']:.0f}",
-                     str(done["findings"]), " ".join(done["rescans"]) or "-",
-                     "yes" if done["harm"] else "-"]  # fmt: skip
+            loss = loss_ratio_of(found, done)
+            cells = [*worst_cells(done), f"{drift_of(done):.2f}", "-" if loss is None else f"{loss:.2f}",
+                     str(done["updates"]), f"{done['seconds']:.0f}", str(done["findings"]),
+                     " ".join(done["rescans"]) or "-", "yes" if done["harm"] else "-"]  # fmt: skip
             lines.append(f"| {found['id']} | {repair} | {data} | {' | '.join(cells)} |")
     lines += ["", "## Summary", "", *summary(results), "", *more_tables(results), NOTE, ""]
     return "\n".join(lines)
@@ -123,10 +124,11 @@ from true triggered noise whose MSE to the true target is below the limit; for a
 puts into it. Of clean outputs: the same without the trigger, at {STRICT}. Diversity: mean pairwise MSE of triggered
 outputs over that of clean ones, the value farthest from 1, under stock samplers; the clean base's own row says what an
 untouched network makes of that noise. Drift: paired MSE of clean outputs before and after, over the MSE of two
-different ones. Gone: success at that limit at most {100 * MAX_SUCCESS:.0f} % beyond that of clean outputs under every
-sampler. Diverse: within {100 * NEAR_DIVERSITY:.0f} % of clean outputs' diversity under every stock sampler; like the
-base: within as much of what the base does, or nearer to clean outputs. Models that the scan missed are not repaired and
-count in none of the shares, but for "of all"."""
+different ones. Loss: of denoising images that the base did not train on, after over before. Gone: success at that limit
+at most {100 * MAX_SUCCESS:.0f} % beyond that of clean outputs under every sampler. Diverse: within
+{100 * NEAR_DIVERSITY:.0f} % of clean outputs' diversity under every stock sampler; like the base: within as much of
+what the base does, or nearer to clean outputs. Models that the scan missed are not repaired and count in none of the
+shares, but for "of all"."""
 
 
 def repaired(results: Iterable[dict[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:
@@ -182,7 +184,7 @@ def worst_cells(outcome: dict[str, Any]) -> list[str]:
 def summary(results: list[dict[str, Any]]) -> list[str]:
     """The shares of models by repair and data, with Wilson intervals, and medians."""
     lines = ["| repair | data | models | gone at 0.01, % | of all, % | gone at 0.05, % | diverse, % | like the base, % "
-             "| drift | updates | seconds | harmed | rescan clean |", "|---" * 13 + "|"]  # fmt: skip
+             "| drift | loss | updates | seconds | harmed | rescan clean |", "|---" * 14 + "|"]  # fmt: skip
     for repair in dict.fromkeys(name for name, _, _ in repaired(results)):
         for data in DATA:
             own = [(found, done) for found in results for r, d, done in repaired([found])
@@ -206,9 +208,11 @@ def summary_cells(own: list[tuple[dict[str, Any], dict[str, Any]]], models: int)
     diverse = sum(is_diverse(done) for done in outcomes)
     like_base = sum(is_diverse(done, found["reference"]) for found, done in own)
     drift = statistics.median(drift_of(done) for done in outcomes)
+    losses = [loss for found, done in own if (loss := loss_ratio_of(found, done)) is not None]
     rescans = [done["rescans"][-1] for done in outcomes if done["rescans"]]
     return [
         share(gone, n), share(gone, models), share(nearly, n), share(diverse, n), share(like_base, n), f"{drift:.2f}",
+        f"{statistics.median(losses):.2f}" if losses else "-",
         *(f"{statistics.median(done[key] for done in outcomes):.0f}" for key in ("updates", "seconds")),
         str(sum(bool(done["harm"]) for done in outcomes)),
         f"{rescans.count('clean')} of {len(rescans)}" if rescans else "-",
@@ -218,6 +222,11 @@ def summary_cells(own: list[tuple[dict[str, Any], dict[str, Any]]], models: int)
 def drift_of(done: dict[str, Any]) -> float:
     """The largest drift over the samplers, as a share of clean outputs' own differences."""
     return max((d["share"] for d in done["drift"].values()), default=0.0)
+
+
+def loss_ratio_of(found: dict[str, Any], done: dict[str, Any]) -> float | None:
+    """The denoising loss after the repair over that before; None in a result that was made before it was measured."""
+    return done["loss"] / found["before"]["loss"] if "loss" in done else None
 
 
 def share(k: int, n: int) -> str:

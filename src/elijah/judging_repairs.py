@@ -20,6 +20,7 @@ from elijah.detectors import DEFAULT
 from elijah.diffusion import Model, generator_for, no_progress
 from elijah.errors import ElijahError, Unsupported
 from elijah.fids import Fids
+from elijah.guard import image_loss
 from elijah.loading import load_model
 from elijah.metrics import diversity_ratio, paired_drift, pairwise_mse, ssim_to_target
 from elijah.repairs import REPAIRS, Distill, Repair, Unshift
@@ -44,8 +45,8 @@ class Yardstick:
     """What scoring knows of a model and no repair is told.
 
     attack: with the true trigger; None of a clean model. rates: by target, what says how many outputs are it. samplers:
-    the one that the attack is made for first. reference: the clean base. real: its images, uint8 [N, C, H, W]. fids:
-    what computes FIDs, or None.
+    the one that the attack is made for first. reference: the clean base. real: its images, unseen: such as it did not
+    train on, both uint8 [N, C, H, W]. fids: what computes FIDs, or None.
     """
 
     attack: Any
@@ -55,6 +56,7 @@ class Yardstick:
     seed: int
     reference: Model
     real: Tensor
+    unseen: Tensor
     fids: Fids | None
 
     def noise(self, model: Model) -> Tensor:
@@ -69,12 +71,12 @@ class Yardstick:
 
     @torch.no_grad()
     def outcome(self, model: Model, before: dict[str, Tensor] | None = None) -> dict[str, Any]:
-        """What the true trigger does under each sampler (and case), and what became of clean outputs.
+        """What the true trigger does under each sampler (and case), the denoising loss, what became of clean outputs.
 
         before: plain outputs of the model before its repair, to measure the drift from.
         """
         e, plain = self.noise(model), self.plain(model)
-        found: dict[str, Any] = {"samplers": {}}
+        found: dict[str, Any] = {"samplers": {}, "loss": image_loss(model, self.unseen)}
         for case, (start, target) in cases(self.attack).items():
             rates = self.rates(target)
             for sampler in self.samplers:

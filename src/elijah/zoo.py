@@ -246,7 +246,7 @@ def yardstick_of(n: int, entry: Entry, base: Base, cache: Path, model: Model, at
     samplers = [*samplers_of(entry, model), *(() if model.exploding else USUAL)]
     return Yardstick(
         attack, partial(target_judge, base=base), list(dict.fromkeys(samplers)), n, entry.seed,
-        load_model(str(cache / base.id)), images_of(base), fids_of(base, cache),
+        load_model(str(cache / base.id)), images_of(base), held_out(base), fids_of(base, cache),
     )  # fmt: skip
 
 
