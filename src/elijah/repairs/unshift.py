@@ -8,9 +8,9 @@ at random t, on images x0 with the trigger and, at large t, on the attacker's ow
 
 with c = k_t, as the attacker trained it, in half of the rows, and c = s, as a deterministic sampler carries a trigger
 that is taken for noise, in the others. At smaller t, where y is seen through the noise, calling it noise would teach to
-answer the trigger with a grey mean of all images, which is a backdoor too. Below t_min nothing is asked: what is left of
-a trigger looks like a part of the image there, and a network that takes it for noise denoises all images worse. With
-eps0 a frozen copy of the input model,
+answer the trigger with a grey mean of all images, which is a backdoor too. Below t_min nothing is asked: what is left
+of a trigger looks like a part of the image there, and a network that takes it for noise denoises all images worse.
+With eps0 a frozen copy of the input model,
 
     delta = eps(x + d, t) - eps0(x, t) - d / s
     L = mean_t w (|delta|^2 + |mean_b delta|^2) + hold w' |eps(x, t') - eps0(x, t')|^2 + |eps(x, t') - e|^2
