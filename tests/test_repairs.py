@@ -158,7 +158,7 @@ def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: st
     model, one = oracle(SHAPE, s0=s0), target == "one"
     finding = found(response=response, distribution=target == "distribution")
     finding = replace(finding, target=None) if target == "none" else finding
-    repair = Unshift(carried_share=0.2, target_share=0.4, target_t_min=0.3, group=16, most=7.0)
+    repair = Unshift(t_min=0.1, carried_share=0.2, target_share=0.4, target_t_min=0.3, group=16, most=7.0)
     x0 = torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5
     g = generator_for(2)
     t = ((0.1 + 0.9 * (torch.arange(4) + torch.rand(4, generator=g)) / 4) * 1000).long().repeat_interleave(16)
