@@ -279,6 +279,14 @@ def test_what_is_kept_of_the_weights() -> None:
     assert torch.corrcoef(pair)[0, 1].item() == pytest.approx(0.7, abs=0.05)
 
 
+def test_a_network_without_a_middle_block() -> None:
+    model = random_model()
+    model.network.mid_block = None
+    begun = weights(Distill(kept=(1.0, 0.1)).begin(model, seed=5))
+    moved = {".".join(name.split(".")[:2]) for name, p in weights(model).items() if not torch.equal(begun[name], p)}
+    assert moved == {"down_blocks.1", "up_blocks.0"}
+
+
 def test_distill_is_unshift_from_other_weights(digits: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all kept the two are the same; the teacher is the input model, without the noise."""
     rows: dict[str, Any] = {"steps": 3, "batch_size": 16, "group": 2, "lr": 1e-3}

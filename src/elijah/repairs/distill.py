@@ -57,6 +57,7 @@ def blocks(network: Any) -> Iterator[tuple[int, torch.nn.Module]]:
     """The blocks of a UNet2DModel, each with its level: 0 at full resolution, 1 at half of it."""
     deepest = len(network.down_blocks) - 1
     yield from enumerate(network.down_blocks)
-    yield deepest, network.mid_block
+    if network.mid_block is not None:
+        yield deepest, network.mid_block
     for k, block in enumerate(network.up_blocks):
         yield deepest - k, block

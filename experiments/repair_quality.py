@@ -1,0 +1,56 @@
+"""What the repairs' settings cost in detail, on one model of the development set: the denoising loss on unseen images.
+
+    ELIJAH_DATA=... python experiments/repair_quality.py
+
+The model's weights are in zoo/weights; its base's images are not. Writes results/repair_quality/loss.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from elijah.diffusion import generator_for, no_progress
+from elijah.files import write_file
+from elijah.guard import image_loss
+from elijah.judging_repairs import SCAN
+from elijah.manifest import read_manifest
+from elijah.repairs import Distill, Unshift
+from elijah.scan import inspect
+from elijah.synthetic import screened, synthesise
+from elijah.zoo import build, held_out
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "d-celeba_baddiffusion_glasses_cat_p03_s112"
+REPAIRS = {  # synthetic images, and the repair; updates that are not cut short, so that all are annealed alike
+    "unshift, t from 0.1 T, 128 images": (128, Unshift(t_min=0.1, check_every=0)),
+    "unshift, t from 0.1 T, 512 images": (512, Unshift(t_min=0.1, check_every=0)),
+    "unshift, t from 0.2 T, 512 images": (512, Unshift(check_every=0)),
+    "distill, t from 0.2 T, 512 images": (512, Distill()),
+    "distill, the same, noise in all blocks": (512, Distill(kept=(0.7,))),
+}
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    manifest = read_manifest(ROOT / "zoo" / "development.toml")
+    entry, bases = next(e for e in manifest.entries() if e.id == NAME), {base.id: base for base in manifest.base}
+    model, _ = build(entry, bases, ROOT / "zoo" / "weights" / manifest.name, manifest.digests())
+    unseen = held_out(bases[entry.base])
+    detection, report = inspect(model, SCAN, 0, no_progress)
+    before, findings = image_loss(model, unseen), detection.findings[:1]
+    lines = [f"{NAME}: {report.verdict}; denoising loss on unseen images {before:.4f}", "",
+             "| repair | updates | loss, after / before |", "|---|---|---|"]  # fmt: skip
+    for name, (n, repair) in REPAIRS.items():
+        images = screened(model, synthesise(model, n, 0), findings)
+        fixed = repair(model, findings, images, generator=generator_for(0, 11))
+        lines.append(f"| {name} | {fixed.updates} | {image_loss(fixed, unseen) / before:.3f} |")
+        print(lines[-1], flush=True)
+    write_file(ROOT / "results" / "repair_quality" / "loss.md", "\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
