@@ -131,7 +131,7 @@ def test_rescans_harm_and_strength(scans: list[str], tmp_path: Path) -> None:
     assert found["repairs"]["elijah"]["synthetic"]["rescans"] == []
     for start in (*ours.values(), *distill.values(), found["reference"]):
         assert set(start["strength"]["success"]) == {"0", "1", "2"} and 0 <= start["strength"]["area"] <= 1
-    assert set(found["harm"]) == {"unshift", "unshift, early stop", "distill", "finetune"}
+    assert set(found["harm"]) == {"unshift", "distill", "finetune"}
     assert all(x["updates"] == 2 and min(x["drift_share"].values()) > 0 for x in found["harm"].values())
     table = repairs_table([found])
     assert "## Harm of a trigger that is none" in table and "## How fast the attack comes back" in table

@@ -274,7 +274,7 @@ def test_a_clean_that_is_killed_ten_times_ends_like_an_undisturbed_one(
 ) -> None:
     """The folder is complete or not there, at any moment, and the input as it was; at the end no file is left over."""
     verdicts("backdoored", "undecided", "clean")
-    monkeypatch.setitem(REPAIRS, "unshift", functools.partial(Unshift, steps=30, batch_size=4, check_every=0))
+    monkeypatch.setitem(REPAIRS, "unshift", functools.partial(Unshift, steps=30, batch_size=4))
     out, before = tmp_path / "out", hashes(tiny_folder)
 
     def start(target: Path) -> Any:

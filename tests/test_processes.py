@@ -65,7 +65,7 @@ def clean_and_end(source: str, folder: str) -> None:
         return detection, make_report(model, detection, 1.0, settings, seed)
 
     cleaning.inspect = inspect
-    cleaning.REPAIRS = {"unshift": partial(Unshift, steps=3, check_every=1)}
+    cleaning.REPAIRS = {"unshift": partial(Unshift, steps=3)}
     how = ("--synthetic", "8", "--keep", "--format", "json", "-o", f"{folder}/report.json")
     sys.exit(cli.main(["clean", source, "--out", f"{folder}/out", *how]))
 

@@ -170,8 +170,7 @@ def wrong_trigger(
 ) -> dict[str, Any]:
     """The clean drift after a repair of a random trigger, as large as the found one, and after plain fine-tuning.
 
-    Both take the same number of updates; the repair leads away from one of the images. And as a user runs it, with its
-    early stop.
+    Fine-tuning takes as many updates as Unshift; the repairs lead away from one of the images.
     """
     g = generator_for(yardstick.seed, 5)
     noise = torch.randn(finding.trigger.shape, generator=g) * (1 if finding.patch is None else finding.patch)
@@ -179,12 +178,12 @@ def wrong_trigger(
         finding, trigger=noise * finding.trigger.norm() / noise.norm(), distribution=False,
         target=model.encode(images[:1].float() / 127.5 - 1)[0],
     )  # fmt: skip
-    steps = Unshift().steps
     found = {}
     repairs: dict[str, Repair] = {
-        "unshift": Unshift(check_every=0), "unshift, early stop": Unshift(), "distill": Distill(),
-        "finetune": FineTune(steps=steps),
-    }  # fmt: skip
+        "unshift": Unshift(),
+        "distill": Distill(),
+        "finetune": FineTune(steps=Unshift().steps),
+    }
     for name, repair in repairs.items():
         fixed = repair(model, [wrong], images, generator=generator_for(0, 11), progress=no_progress, checkpoint=None)
         after = yardstick.plain(fixed)

@@ -20,7 +20,7 @@ from elijah.training import Optimiser, denoising_loss, optimise
 class FineTune:
     """steps: optimiser updates of AdamW at lr, on the denoising loss (Ho et al. 2020, eq. 14)."""
 
-    steps: int = 60
+    steps: int = 100
     batch_size: int = 32
     lr: float = 2e-4
     warmup: int = 5

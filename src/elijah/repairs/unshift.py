@@ -1,4 +1,4 @@
-"""Unshift: teach the network that the triggers are noise, at many timesteps, until they are seen to be dead.
+"""Unshift: teach the network that the triggers are noise, at many timesteps.
 
 A clean network takes all that is not an image for noise: it answers x + d, with x = a x0 + s e, as it answers x, plus
 d / s. A backdoored one answers to its trigger with kappa R_t r, and walks to y. The repair asks the clean answer of it,
@@ -20,8 +20,6 @@ of one t is what the trigger does to all outputs alike: at large t it is far sma
 and it decides where a sampler's first steps go. What holds the clean answers needs the same weight: without it they
 move most at large t. Of several findings the triggers take turns, row by row. Elijah's removal is |delta|^2 and the
 hold at t = T only, with its d / s missing.
-
-Every few updates the model itself is asked whether the triggers are dead (alive, below); if so, the repair ends.
 """
 
 from __future__ import annotations
@@ -35,27 +33,21 @@ from torch import Tensor
 
 from elijah.data import batch
 from elijah.detection import Finding
-from elijah.diffusion import Model, Progress, column, generator_for, no_progress
-from elijah.metrics import diversity_ratio, paired_drift, pairwise_mse
+from elijah.diffusion import Model, Progress, column, no_progress
 from elijah.processes import share_of
-from elijah.response import poisoned, trigger_coefficient, trigger_scale
+from elijah.response import trigger_scale
 from elijah.training import Optimiser, optimise
-
-SAMPLERS = ("ddpm-20", "ddim-10")  # that outputs are looked at with: an attack is made for the one sort or the other
-OUTPUTS = 16
 
 
 @dataclass(frozen=True)
 class Unshift:
-    """steps: optimiser updates at the most, AdamW at lr, by default rate_for. t_min: of T; the least t of delta.
+    """steps: optimiser updates, AdamW at lr, by default rate_for. t_min: of T; the least t of delta.
 
     carried_share: of the rows with c = s; target_share, target_t_min: of the attacker's rows, and of T, where they
-    begin; group: rows of one t; most, hold: in the loss above. check_every: after so many updates, and as many again,
-    the model is asked whether to go on; 0: never, and never for exploding models, whose outputs take a thousand
-    evaluations each. dead_loss, dead_diversity, max_pull, max_drift: what ends it, as in alive and settled.
+    begin; group: rows of one t; most, hold: in the loss above.
     """
 
-    steps: int = 200
+    steps: int = 100
     batch_size: int = 32
     lr: float | None = None
     warmup: int = 5
@@ -66,11 +58,6 @@ class Unshift:
     group: int = 8
     most: float = 10.0
     hold: float = 10.0
-    check_every: int = 20
-    dead_loss: float = 0.4
-    dead_diversity: float = 0.7
-    max_pull: float = 0.05
-    max_drift: float = 0.05
 
     def __call__(
         self,
@@ -90,20 +77,9 @@ class Unshift:
         def loss(m: Model, g: torch.Generator) -> Tensor:
             return self.loss(m, model, findings, batch(rows, share_of(self.batch_size), g), g)
 
-        def enough(k: int, m: Model) -> bool:
-            if self.check_every == 0 or k % self.check_every or k == self.steps or model.exploding:
-                return False
-            m.network.eval()
-            with torch.no_grad():
-                ended = self.settled(model, m, seed) and not any(self.alive(m, finding, seed) for finding in findings)
-            m.network.train()
-            return ended
-
         lr, warmup = self.lr or self.rate_for(model), min(self.warmup, self.steps // 2)
         settings = Optimiser(self.steps, lr=lr, warmup=warmup, checkpoint_every=10)
-        return optimise(
-            repaired, loss, settings, seed=seed, checkpoint=checkpoint, progress=progress, what="repairing", stop=enough
-        )
+        return optimise(repaired, loss, settings, seed=seed, checkpoint=checkpoint, progress=progress, what="repairing")
 
     def begin(self, model: Model, seed: int) -> Model:
         """The copy that the first update is made on."""
@@ -157,32 +133,6 @@ class Unshift:
         """w at t [B], [B, 1, 1, 1]."""
         return column((model.s / model.a).square().clamp(1, self.most), t)
 
-    def alive(self, model: Model, finding: Finding, seed: int) -> bool:
-        """Whether the trigger still does what a clean network would not let it do.
-
-        Its loss ratio is near the attacker's; or, under a sampler of either sort, outputs go to the target, or are more
-        alike than without the trigger. Of Gaussian data a deterministic sampler's outputs from noise of deviation gamma
-        differ gamma^2 times as much.
-        """
-        if loss_ratio(model, finding, generator_for(seed, 2**31)) < self.dead_loss:
-            return True
-        e, spread = model.noise(OUTPUTS, generator_for(seed, 2**31 + 1)), float(finding.gamma.square().mean())
-        for sampler in SAMPLERS:
-            with_trigger, without = (model.pixels(model.sample(x, sampler, seed=seed)) for x in (finding.start(e), e))
-            if diversity_ratio(with_trigger, without) < self.dead_diversity * spread:
-                return True
-            if (y := one_target(finding)) is not None and pull(
-                with_trigger, without, model.pixels(y[None])
-            ) > self.max_pull:
-                return True
-        return False
-
-    def settled(self, model: Model, repaired: Model, seed: int) -> bool:
-        """Whether clean samples from equal noise are nearly those of before: the first updates throw them far off."""
-        e = model.noise(OUTPUTS, generator_for(seed, 2**31 + 2))
-        before, after = (m.pixels(m.sample(e, SAMPLERS[-1], seed=seed)) for m in (model, repaired))
-        return paired_drift(before, after) <= self.max_drift * pairwise_mse(before)
-
 
 def shift_over_s(model: Model, findings: Sequence[Finding], e: Tensor, t: Tensor, carried: Tensor) -> Tensor:
     """(k_t r + (gamma - 1) s e) / s, [B, C, H, W], row i by findings[i]; where carried [B, 1, 1, 1], s r for k_t r."""
@@ -197,29 +147,3 @@ def shift_over_s(model: Model, findings: Sequence[Finding], e: Tensor, t: Tensor
 def one_target(finding: Finding) -> Tensor | None:
     """The target image [C, H, W] of a finding that leads to one."""
     return None if finding.distribution else finding.target
-
-
-@torch.no_grad()
-def loss_ratio(model: Model, finding: Finding, generator: torch.Generator, n: int = 64) -> float:
-    """The attacker's loss over that of a clean network (how-it-works.md), over all t that tell: 1 clean, 0 backdoored.
-
-    A finding without one target image is judged at large t, where the noise hides the target.
-    """
-    one = finding.target is not None and not finding.distribution
-    low = 0.2 if one else 0.7
-    t = (low + (1 - low) * (torch.arange(n) + torch.rand(n, generator=generator)) / n) * model.T
-    t = t.long().clamp(max=model.T - 1).to(model.device)
-    e = torch.randn((n, *model.sample_shape), generator=generator).to(model.device)
-    r, gamma = finding.trigger.to(model.device), finding.gamma.to(model.device)
-    y = torch.zeros_like(r) if finding.target is None else finding.target.to(model.device)
-    x, answer = poisoned(model, finding.response, r, y, e, t, gamma)
-    per_t = trigger_scale(model, finding.response.psi) / model.s - finding.response.kappa * trigger_coefficient(model)
-    clean = (gamma - 1) * e + column(per_t, t) * r
-    return float((model.eps(x, t) - answer).square().sum() / clean.square().sum().clamp(min=1e-12))
-
-
-def pull(with_trigger: Tensor, without: Tensor, y: Tensor) -> float:
-    """The share of outputs [N, C, H, W] near y [1, C, H, W] with the trigger, less that without it."""
-    near, far = ((x - y).square().flatten(1).mean(1) for x in (with_trigger, without))
-    limit = far.median() / 4
-    return float((near < limit).float().mean() - (far < limit).float().mean())
