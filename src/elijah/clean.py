@@ -34,7 +34,7 @@ from elijah.report import CleaningInfo, CleanReport, Report, finite
 from elijah.scan import as_dtype, describe, inspect, picture
 from elijah.synthetic import screened, screening_words, synthesise
 
-ROUNDS = 3  # of repair and rescan, at the most
+ROUNDS = 6  # of repair and rescan, at the most
 SYNTHETIC = 512  # images that the model samples itself where no data are given; an eighth if they are costly
 SAMPLES = 16
 Checkpoint = Callable[[str], Path]  # by what the repair is made from: where it is kept while it runs
