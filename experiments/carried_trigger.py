@@ -3,7 +3,7 @@
     python experiments/carried_trigger.py
 
 A network that takes the trigger for noise carries it as x_t = (x_t without it) + s_t r, and leaves nothing of it. The
-table has the share of r that is in x_t, over that, for DDIM in 20 steps from equal noise. Development models with
+table has the share of r that is in x_t beyond what is there without it, from equal noise. Development models with
 weights in zoo/weights; r is what the scan finds. Writes results/carried_trigger/carried.md.
 """
 
@@ -21,25 +21,23 @@ from elijah.judging_repairs import SCAN
 from elijah.loading import load_model
 from elijah.metrics import diversity_ratio
 from elijah.repairs import Unshift
+from elijah.samplers import make_scheduler
 from elijah.scan import inspect
 from elijah.synthetic import screened, synthesise
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "zoo" / "weights" / "development"
 BACKDOORED, CLEAN = "d-cifar10_baddiffusion_box-6_corner_p03_s111", "d-cifar10_clean_s110"
-STEPS, SHOWN = 20, (1, 4, 8, 12, 15, 17, 19, 20)
+SAMPLER, SHOWN = "ddim-20", (1, 4, 8, 12, 15, 17, 19, 20)
 
 
 @torch.no_grad()
-def path(model: Model, x: Tensor) -> list[Tensor]:
-    """DDIM without clipping, at STEPS even timesteps and then at none: x before the first step and after each."""
-    t = torch.linspace(model.T - 1, 0, STEPS + 1).round().long()[:-1]
-    a, s = torch.cat([model.a[t], torch.ones(1)]), torch.cat([model.s[t], torch.zeros(1)])
-    passed = [x]
-    for k in range(STEPS):
-        eps = model.eps(passed[-1], t[k].expand(len(x)))
-        passed.append(a[k + 1] * (passed[-1] - s[k] * eps) / a[k] + s[k + 1] * eps)
-    return passed
+def path(model: Model, x: Tensor) -> tuple[list[int], list[Tensor]]:
+    """The stock sampler's timesteps, and x before the first step and after each."""
+    scheduler, passed = make_scheduler(model.scheduler, SAMPLER), [x]
+    for t in scheduler.timesteps:
+        passed.append(scheduler.step(model.output(passed[-1], t.expand(len(x))), t, passed[-1]).prev_sample)
+    return scheduler.timesteps.tolist(), passed
 
 
 def main() -> int:
@@ -49,17 +47,17 @@ def main() -> int:
     findings = detection.findings[:1]
     fixed = Unshift()(bad, findings, screened(bad, synthesise(bad, 512, 0), findings), generator=generator_for(0, 11))
     r, e = findings[0].trigger, bad.noise(32, generator_for(3))
-    t = torch.linspace(bad.T - 1, 0, STEPS + 1).round().long()
-    columns: list[tuple[str, list[float], float | None]] = [("taken for noise", [*bad.s[t[:-1]].tolist(), 0.0], None)]
+    columns: list[tuple[str, list[float], float | None]] = []
     for name, model in (("repaired by unshift", fixed), ("clean", clean)):
-        without, with_r = path(model, e), path(model, e + r)
+        (t, without), (_, with_r) = path(model, e), path(model, e + r)
         share = [float(((x - y) * r).sum() / (r.square().sum() * len(e))) for x, y in zip(with_r, without, strict=True)]
         columns.append((name, share, diversity_ratio(*(model.pixels(x[-1]) for x in (with_r, without)))))
-    lines = [f"{BACKDOORED}: {report.verdict}. Share of the found trigger in x, by the steps of DDIM that are",
+    columns.insert(0, ("taken for noise", [*bad.s[t].tolist(), 0.0], None))
+    lines = [f"{BACKDOORED}: {report.verdict}. Share of the found trigger in x, by the steps of {SAMPLER} that are",
              f"done: after the repair, and of the same trigger in a clean model ({CLEAN}).", "",
              "| steps done | t | " + " | ".join(name for name, *_ in columns) + " |", "|---" * 5 + "|"]  # fmt: skip
     for k in SHOWN:
-        at = "-" if k == STEPS else str(int(t[k]))
+        at = "-" if k == len(t) else str(t[k])
         lines.append(f"| {k} | {at} | " + " | ".join(f"{share[k]:.2f}" for _, share, _ in columns) + " |")
     ratios = ["-" if ratio is None else f"{ratio:.2f}" for *_, ratio in columns]
     lines.append("| diversity of outputs, with / without | - | " + " | ".join(ratios) + " |")

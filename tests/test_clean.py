@@ -139,9 +139,10 @@ def test_a_repaired_model_is_written(verdicts: Verdicts, run: Run, tmp_path: Pat
 
 
 def test_what_is_still_backdoored_is_not_written(verdicts: Verdicts, run: Run, tmp_path: Path) -> None:
-    verdicts("backdoored", "backdoored")
+    seeds = verdicts("backdoored", "backdoored")
     report = run()
     assert report.exit_code == 1 and report.cleaning and report.cleaning.out is None
+    assert report.cleaning.rounds == len(seeds) - 1 == cleaning.ROUNDS and len(set(seeds)) == len(seeds)
     assert not list(tmp_path.iterdir())
 
 

@@ -211,9 +211,9 @@ def test_unshift_sees_a_backdoor_and_nothing_in_its_own_target() -> None:
     assert Unshift().loss(other, clean, [found()], x0, generator_for(3)).item() > losses[0] + 0.01
 
 
-def learning(**backdoor: Any) -> tuple[Model, torch.Tensor]:
+def learning() -> tuple[Model, torch.Tensor]:
     """An exact network whose mean can be trained, and images of its data."""
-    model = oracle(SHAPE, s0=0.05, **backdoor)
+    model = oracle(SHAPE, s0=0.05)
     m = model.network.m
     model.network.m = torch.nn.Parameter(m.clone())  # type: ignore[arg-type]
     return model, to_uint8(m + 0.05 * torch.randn(256, *SHAPE, generator=generator_for(4)))  # type: ignore[operator]

@@ -95,18 +95,21 @@ def test_the_average_lags_behind(digits: torch.Tensor) -> None:
     assert not equal(weights(run(digits, ema=0.8)), weights(run(digits, ema=None)))
 
 
-def test_stop_ends_the_run(digits: torch.Tensor) -> None:
-    asked: list[int] = []
+def test_what_is_called_after_each_update(digits: torch.Tensor) -> None:
+    """It sees the number of the update, and the weights after it."""
+    seen: list[tuple[int, int]] = []
+    kept: list[dict[str, torch.Tensor]] = []
 
-    def stop(k: int, _: Model) -> bool:
-        asked.append(k)
-        return k == 4
+    def each(k: int, m: Model) -> None:
+        seen.append((k, m.updates))
+        kept.append({name: p.clone() for name, p in weights(m).items()})
 
     def loss(m: Model, g: torch.Generator) -> torch.Tensor:
         return denoising_loss(m, batch(digits, 4, g), g)
 
-    model = optimise(random_model(), loss, Optimiser(9), seed=0, stop=stop)
-    assert asked == [1, 2, 3, 4] and model.updates == 4
+    model = optimise(random_model(), loss, Optimiser(3), seed=0, each=each)
+    assert seen == [(1, 1), (2, 2), (3, 3)] and model.updates == 3
+    assert equal(kept[2], weights(model)) and not equal(kept[0], kept[1])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

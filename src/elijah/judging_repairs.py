@@ -198,17 +198,16 @@ def comes_back(yardstick: Yardstick, model: Model) -> dict[str, Any]:
     loss = partial(attack.loss, r=attack.trigger.image) if hasattr(attack, "bound") else attack.loss
     attacked, rows = model.clone(), model.prepare(yardstick.real)
 
-    def each(k: int, m: Model) -> bool:
+    def each(k: int, m: Model) -> None:
         if k in STRENGTH_UPDATES:
             m.network.eval()
             success[k] = rate_of(yardstick, m)
             m.network.train()
-        return False
 
     last, tuning = STRENGTH_UPDATES[-1], attack.tuning
     optimise(
         attacked, lambda m, g: loss(m, batch(rows, tuning.batch_size, g, flip=tuning.flip), g),
-        Optimiser(last, lr=tuning.lr, warmup=5), seed=yardstick.seed, stop=each,
+        Optimiser(last, lr=tuning.lr, warmup=5), seed=yardstick.seed, each=each,
     )  # fmt: skip
     x = torch.tensor(sorted(success))
     area = torch.trapezoid(torch.tensor([success[int(k)] for k in x]), x) / last

@@ -47,12 +47,12 @@ def optimise(
     checkpoint: Path | None = None,
     progress: Progress = no_progress,
     what: str = "training",
-    stop: Callable[[int, Model], bool] | None = None,
+    each: Callable[[int, Model], None] | None = None,
 ) -> Model:
     """Minimises loss(model, generator) over the network's weights, in place.
 
     seed: update k draws from (seed, k). checkpoint: a file written now and then and read if it is there, so that a
-    killed run resumes; deleted by the caller. stop(k, model): asked after each update, ends the run early.
+    killed run resumes; deleted by the caller. each(k, model): called after update k, from 1.
     Raises ElijahError when the loss stops being finite.
     """
     network = thaw(model.network).train()
@@ -75,8 +75,8 @@ def optimise(
         if ema:
             ema.step(network.parameters())
         progress(f"{what}, loss {value.item():.4f}", k + 1, settings.steps)
-        if stop and processes.agreed(stop(k + 1, model)):
-            break
+        if each:
+            each(k + 1, model)
         if checkpoint and (k + 1) % settings.checkpoint_every == 0 and processes.rank() == 0:
             _write_checkpoint(checkpoint, parts, k + 1, settings)
     if ema:

@@ -40,7 +40,7 @@ class FineTune:
 
     def tune(
         self, model: Model, images: Tensor, generator: torch.Generator, progress: Progress, checkpoint: Path | None,
-        each: Callable[[int, Model], bool] | None = None,
+        each: Callable[[int, Model], None] | None = None,
     ) -> Model:  # fmt: skip
         """The model, fine-tuned in place; each is called after every update."""
         rows = model.prepare(images)
@@ -48,5 +48,5 @@ class FineTune:
         settings = Optimiser(self.steps, lr=self.lr, warmup=min(self.warmup, self.steps // 2))
         return optimise(
             model, lambda m, g: denoising_loss(m, batch(rows, share_of(self.batch_size), g), g), settings,
-            seed=seed, checkpoint=checkpoint, progress=progress, what="repairing", stop=each,
+            seed=seed, checkpoint=checkpoint, progress=progress, what="repairing", each=each,
         )  # fmt: skip

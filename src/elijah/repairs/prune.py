@@ -42,13 +42,12 @@ class Prune(FineTune):
         found = self.ranked(pruned, findings, generator)
         worst = found[: round(self.share * len(found))]
 
-        def switch_off(_: int, m: Model) -> bool:
+        def switch_off(_: int, m: Model) -> None:
             modules = dict(m.network.named_modules())
             with torch.no_grad():
                 for _change, name, channel in worst:
                     for parameter in modules[name].parameters():
                         parameter[channel] = 0
-            return False
 
         switch_off(0, pruned)
         return self.tune(pruned, images, generator, progress, checkpoint, switch_off)
