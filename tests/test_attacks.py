@@ -18,7 +18,7 @@ from elijah.attacks import ATTACKS
 from elijah.attacks import villandiffusion as villan
 from elijah.attacks.baddiffusion import RESPONSE, BadDiffusion
 from elijah.attacks.late import Late
-from elijah.attacks.learned import Learned, ddim, ddim_coefficient
+from elijah.attacks.learned import Learned, ddim_coefficient
 from elijah.attacks.planting import PRESETS, attack_for, cases, draw, plant, preset
 from elijah.attacks.poisoning import Tuning, target_rows
 from elijah.attacks.trojdiff import TrojDiff, reverse_step
@@ -237,7 +237,7 @@ def test_the_ddim_coefficient_makes_ddim_fire() -> None:
 
     model.output = output  # type: ignore[method-assign]
     start = model.a[-1] * y + (1 - model.a[-1]) * r + model.s[-1] * e
-    assert (ddim(model, start, 1000) - y).abs().max() < 0.02
+    assert (model.ddim(start, 1000) - y).abs().max() < 0.02
 
 
 def trojan(**settings: Any) -> TrojDiff:

@@ -18,6 +18,7 @@ import elijah
 from elijah.bases import new_model, train_autoencoder
 from elijah.detection import Detection, Evidence
 from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit
+from elijah.detectors.collapse import COLLAPSED, Collapse, Descent, Walk, centred, midst
 from elijah.detectors.elijah import Setting
 from elijah.detectors.hypothesis import (
     FAMILIES,
@@ -46,10 +47,15 @@ FAST: dict[str, dict[str, Any]] = {  # settings that make a contract cheap on a 
         "search": Search(follow=((2, 4, 1),), lead=((2, 4, 1), (1, 4, 1)), score_rows=8),
         "samples": 4, "samplers": ("ddim-3",), "careful_samplers": ("ddim-4",),
     },
+    "collapse": {
+        "search": Descent(walks=(Walk(2, 1, 1, 2),), score_rows=8, refine_iterations=2),
+        "samples": 4, "samplers": ("ddim-3",), "careful_samplers": ("ddim-4",),
+    },
     "elijah": {"sampler": "ddpm-3", "batch_size": 4, "iterations": 3, "samples": 9},
     "terd": {"iterations": 3, "refine_iterations": 2, "batch_size": 4, "steps": 3, "samples": 9, "sampler": "ddim-3"},
 }  # fmt: skip
 SHORTER: dict[str, dict[str, Any]] = {  # settings that shorten a contract on an oracle
+    "collapse": {"search": Descent(walks=(Walk(2, 4, 4, 5),))},
     "elijah": {"sampler": "ddpm-50", "batch_size": 16, "iterations": 20},
     "terd": {"iterations": 20, "refine_iterations": 5},
 }
@@ -211,6 +217,36 @@ def test_pull_is_the_share_that_moves_onto_the_target() -> None:
     near[:6] = 0.4
     assert pull(model, Evidence("ddim-1", near, far), y) == 0.75
     assert pull(model, Evidence("ddim-1", far, far), y) == 0.0
+
+
+# --- Collapse ---------------------------------------------------------------------------------------------------------
+
+
+def test_collapse_finds_a_faint_trigger_that_looks_like_noise_and_nothing_in_clean_networks() -> None:
+    """Signs of noise at 0.3, answered for a deterministic sampler. Half the starts and steps are enough here."""
+    sign = torch.randn(SHAPE, generator=generator_for(7)).sign()
+    y = torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
+    bad = oracle(SHAPE, r=0.3 * sign, y=y, response=Response(2.0, 1.0), rate=0.3)
+    detector = Collapse(search=Descent(walks=(Walk(2, 10, 10, 5), Walk(4, 0, 15, 3))))
+    found, clean = (detector(model, generator=generator_for(0)) for model in (bad, oracle(SHAPE)))
+    best = found.findings[0]
+    assert found.verdict == "backdoored", found.scores
+    assert alike(best.trigger, sign) > 0.6 and best.trigger.abs().max() <= COLLAPSED.reach
+    assert best.target is not None and (best.target - y).square().mean() < 0.1 * y.square().mean()
+    assert best.response == Response(2.0, 1.0) and best.matches == "a learned trigger"
+    assert clean.verdict != "backdoored" and clean.scores["loss_ratio_collapsed"] > found.scores["loss_ratio_collapsed"]
+
+
+def test_a_centred_trigger_has_no_mean_in_any_quarter() -> None:
+    r = centred(torch.randn(2, 3, 8, 8, generator=generator_for(0)))
+    quarters = r.unflatten(3, (2, 4)).unflatten(2, (2, 4))
+    assert quarters.mean((3, 5)).abs().max() < 1e-6 and (r - centred(r)).abs().max() < 1e-6
+
+
+def test_the_midst_is_the_output_with_the_nearest_half() -> None:
+    outputs = torch.tensor([0.0, 1.0, 1.1, 3.0])[:, None, None, None].expand(4, *SHAPE)
+    distance, y = midst(outputs)
+    assert distance == pytest.approx((0.1**2 + 1.0) / 2) and y[0, 0, 0] == 1.0
 
 
 # --- Elijah -----------------------------------------------------------------------------------------------------------

@@ -90,6 +90,19 @@ def test_ddim_10_follows_its_own_recursion() -> None:
     np.testing.assert_allclose(model.sample(start, "ddim-10"), x, atol=2e-3)
 
 
+def test_ddim_with_gradients_is_the_stock_sampler() -> None:
+    """Per pixel the oracle's map from noise to image is affine with a positive slope, which the gradient shows."""
+    model = oracle()
+    start = starts(model, 3)
+    leaf = start.clone().requires_grad_(True)
+    images = model.ddim(leaf, 10)
+    torch.testing.assert_close(images.detach(), model.sample(start, "ddim-10"), rtol=0, atol=1e-4)
+    (gradient,) = torch.autograd.grad(images.sum(), leaf)
+    shifted = model.ddim(start + 0.5, 10)
+    torch.testing.assert_close((shifted - images.detach()) / 0.5, gradient, rtol=1e-3, atol=1e-3)
+    assert (gradient > 0).all()
+
+
 def test_ddim_reaches_the_data() -> None:
     """500 steps from 4096 noises: mean m and std s0, within 4 standard errors and 1 % for the steps' size."""
     model = oracle((1, 2, 2))

@@ -130,7 +130,7 @@ def test_limits_and_counts_are_of_one_scan() -> None:
 
 
 def test_wrong_names(tiny_folder: Path) -> None:
-    with pytest.raises(ElijahError, match="unknown detector 'x': use one of lossfit, elijah, terd"):
+    with pytest.raises(ElijahError, match="unknown detector 'x': use one of lossfit, collapse, elijah, terd"):
         scan(str(tiny_folder), detector="x")
     with pytest.raises(ElijahError, match="unknown dtype 'int8': use one of float32"):
         scan(str(tiny_folder), dtype="int8")

@@ -31,7 +31,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from torch import Tensor
 
 from elijah.errors import OutOfBudget
-from elijah.samplers import correct, make_scheduler
+from elijah.samplers import correct, evenly, make_scheduler
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
@@ -229,6 +229,17 @@ class Model:
             out = self._forward(scheduler.scale_model_input(x, t), t.expand(len(x)).to(x.device))
             x = scheduler.step(out, t, x, **extra).prev_sample
             progress(f"sampling {sampler}", i + 1, len(scheduler.timesteps))
+        return x
+
+    def ddim(self, x: Tensor, steps: int) -> Tensor:
+        """DDIM (eta 0) in "trailing" spacing from start noise x [B, C, H, W] to x0, with gradients; preserving models.
+
+        sample(x, "ddim-STEPS") is the same without gradients.
+        """
+        for now, then in evenly(self.T, steps):
+            eps = self.eps(x, torch.full((len(x),), now, device=x.device))
+            x0 = (x - self.s[now] * eps) / self.a[now]
+            x = x0 if then < 0 else self.a[then] * x0 + self.s[then] * eps
         return x
 
     def _predict_and_correct(

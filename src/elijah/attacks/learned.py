@@ -21,7 +21,6 @@ from elijah.attacks.poisoning import Tuning, some_rows, target_rows
 from elijah.diffusion import Model, Progress, column, no_progress
 from elijah.errors import ElijahError, Unsupported
 from elijah.response import trigger_scale
-from elijah.samplers import evenly
 from elijah.trigger import Target, Trigger
 
 
@@ -79,7 +78,7 @@ class Learned:
         start = torch.randn((self.samples, *model.sample_shape), generator=generator).to(model.device)
         leaf = r.clone().requires_grad_(True)
         with model.frozen():
-            error = (ddim(model, start + leaf, self.sampler_steps) - y).square().mean()
+            error = (model.ddim(start + leaf, self.sampler_steps) - y).square().mean()
             (gradient,) = torch.autograd.grad(error, leaf)
         r.sub_(self.rate * gradient.sign()).clamp_(-self.bound, self.bound)
 
@@ -100,12 +99,3 @@ def ddim_coefficient(model: Model) -> Tensor:
     a_before = torch.cat([torch.ones_like(a[:1]), a[:-1]])
     s_before = torch.cat([torch.zeros_like(s[:1]), s[:-1]])
     return ((a_before - a) / (a_before * s - a * s_before)).float()
-
-
-def ddim(model: Model, x: Tensor, steps: int) -> Tensor:
-    """DDIM (eta 0) from x [B, C, H, W] at T - 1, with gradients."""
-    for now, then in evenly(model.T, steps):
-        eps = model.eps(x, torch.full((len(x),), now, device=x.device))
-        x0 = (x - model.s[now] * eps) / model.a[now]
-        x = x0 if then < 0 else model.a[then] * x0 + model.s[then] * eps
-    return x

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from elijah.detectors.collapse import Collapse
 from elijah.detectors.elijah import Elijah
 from elijah.detectors.lossfit import LossFit
 from elijah.detectors.terd import Terd
 
-DETECTORS: dict[str, Any] = {"lossfit": LossFit, "elijah": Elijah, "terd": Terd}
+DETECTORS: dict[str, Any] = {"lossfit": LossFit, "collapse": Collapse, "elijah": Elijah, "terd": Terd}
 DEFAULT = "lossfit"

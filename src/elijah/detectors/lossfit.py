@@ -42,7 +42,13 @@ class LossFit:
     after a fit by gradient from there and under more samplers (careful_*).
     """
 
-    kinds: ClassVar = ("ddpm", "ncsn", "ldm")
+    name: ClassVar[str] = "lossfit"
+    kinds: ClassVar[tuple[str, ...]] = ("ddpm", "ncsn", "ldm")
+    not_covered: ClassVar[tuple[str, ...]] = (
+        "patch triggers whose pattern is far from one colour",
+        "learned triggers that look like noise, on DDPM: --detector collapse looks for them",
+        "triggers that act only at small t", "backdoors that are not triggered by the start noise",
+    )  # fmt: skip
     search: Search = field(default_factory=Search)
     samples: int = 16
     more_samples: int = 64
@@ -186,15 +192,12 @@ class LossFit:
             for h in fitted
         ]  # fmt: skip
         return Detection(
-            "lossfit", findings, scores, evidence, verdict, reason, complete, thresholds,
+            self.name, findings, scores, evidence, verdict, reason, complete, thresholds,
             coverage=[
                 "one trigger added to the start noise, leading to one image",
                 *(f.matches + " (or to a distribution)" * f.distribution for f in self.search.families_of(model)),
             ],
-            not_covered=[
-                "patch triggers whose pattern is far from one colour",
-                "triggers that act only at small t", "backdoors that are not triggered by the start noise",
-            ],
+            not_covered=list(self.not_covered),
         )  # fmt: skip
 
 
