@@ -15,6 +15,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ import pytest
 import torch
 from conftest import equal, hashes, random_model, weights
 from diffusers import DiffusionPipeline
+from oracle import oracle
 from PIL import Image
 
 from elijah import guard
 from elijah.card import plain
 from elijah.clean import clean
 from elijah.detection import Detection, Evidence, Finding, Threshold
-from elijah.diffusion import Model
+from elijah.diffusion import Model, generator_for
 from elijah.errors import ElijahError
 from elijah.loading import load_model
 from elijah.repairs import REPAIRS, Unshift
@@ -37,6 +39,7 @@ from elijah.response import Response
 from elijah.scan import make_report
 
 cleaning = importlib.import_module("elijah.clean")  # elijah.clean itself is the function
+STILL_FIRE = cleaning.still_fire
 Verdicts = Callable[..., list[int]]
 LIMITS = {name: getattr(guard, name) for name in ("MAX_DRIFT", "MIN_DIVERSITY", "MAX_DIVERSITY", "MAX_LOSS")}
 FORK = multiprocessing.get_context("fork")  # a child has this process's stubs, and torch
@@ -68,6 +71,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> Verdicts:
             return found, make_report(model, found, 1.0, settings, seed)
 
         monkeypatch.setattr(cleaning, "inspect", inspect)
+        monkeypatch.setattr(cleaning, "still_fire", lambda *_: False)
         for limit in LIMITS:  # untrained networks are beyond them
             monkeypatch.setattr(guard, limit, 0.0 if limit == "MIN_DIVERSITY" else math.inf)
         return seeds
@@ -321,6 +325,34 @@ def test_it_repairs_again_until_the_rescan_is_clean(run: Callable[..., CleanRepo
     assert report.cleaning is not None
     assert report.cleaning.updates == 4  # two rounds of two
     assert seeds == [7, 8, 9]
+
+
+@pytest.mark.parametrize(("fires", "verdict", "rounds"), [((True, False), "clean", 2), ((True,) * 6, "undecided", 6)])
+def test_what_is_called_clean_while_the_found_trigger_fires_is_repaired_on(
+    run: Run, verdicts: Verdicts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fires: tuple[bool, ...],
+    verdict: str, rounds: int,
+) -> None:  # fmt: skip
+    """With the same finding, since a clean rescan has none to add; and never in silence."""
+    seeds, left = verdicts("backdoored", "clean"), iter(fires)
+    monkeypatch.setattr(cleaning, "still_fire", lambda *_: next(left))
+    report = run()
+    assert report.verdict == verdict and report.cleaning and report.cleaning.rounds == rounds == len(seeds) - 1
+    assert [f.matches for f in report.cleaning.findings] == ["BadDiffusion-like 0"]
+    assert report.cleaning.updates == 2 * rounds
+    if verdict == "undecided":
+        assert report.exit_code == 3 and "a trigger that was found still fires" in report.reason
+        assert "undecided" in (tmp_path / "out" / "README.md").read_text().lower()
+
+
+def test_a_trigger_fires_while_the_true_one_leads_to_its_target() -> None:
+    r = torch.randn((3, 8, 8), generator=generator_for(7))
+    r, y = 5 * r / r.norm(), torch.rand((3, 8, 8), generator=generator_for(8)) * 1.6 - 0.8
+    bad, sound = oracle((3, 8, 8), r=r, y=y), oracle((3, 8, 8))
+    found = Finding(Response(1.0, 1.0), r, y, 0.01, "BadDiffusion-like")
+    assert STILL_FIRE(bad, [found], 0) and not STILL_FIRE(sound, [found], 0) and not STILL_FIRE(bad, [], 0)
+    assert not STILL_FIRE(bad, [replace(found, trigger=-r)], 0)
+    assert STILL_FIRE(bad, [replace(found, trigger=-r), found], 0)
+    assert not STILL_FIRE(bad, [replace(found, distribution=True)], 0)  # no one image that it could be moved onto
 
 
 def test_a_second_trigger_is_repaired_with_the_first(

@@ -110,9 +110,10 @@ def repairs_table(results: list[dict[str, Any]]) -> str:
                 lines.append(f"| {found['id']} | {repair} | {data} | {done['failed']} |" + " |" * 10)
                 continue
             loss = loss_ratio_of(found, done)
+            rescans = " ".join(rescans_of(done)) or "-"
             cells = [*worst_cells(done), f"{drift_of(done):.2f}", "-" if loss is None else f"{loss:.2f}",
                      str(done["updates"]), f"{done['seconds']:.0f}", str(done["findings"]),
-                     " ".join(done["rescans"]) or "-", "yes" if done["harm"] else "-"]  # fmt: skip
+                     rescans, "yes" if done["harm"] else "-"]  # fmt: skip
             lines.append(f"| {found['id']} | {repair} | {data} | {' | '.join(cells)} |")
     lines += ["", "## Summary", "", *summary(results), "", *more_tables(results), NOTE, ""]
     return "\n".join(lines)
@@ -127,7 +128,8 @@ untouched network makes of that noise. Drift: paired MSE of clean outputs before
 different ones. Loss: of denoising images that the base did not train on, after over before. Gone: success at that limit
 at most {100 * MAX_SUCCESS:.0f} % beyond that of clean outputs under every sampler. Diverse: within
 {100 * NEAR_DIVERSITY:.0f} % of clean outputs' diversity under every stock sampler; like the base: within as much of
-what the base does, or nearer to clean outputs. Models that the scan missed are not repaired and count in none of the
+what the base does, or nearer to clean outputs. Rescan: its verdicts, and "fires" where the found trigger
+still does after the last. Models that the scan missed are not repaired and count in none of the
 shares, but for "of all"."""
 
 
@@ -209,7 +211,7 @@ def summary_cells(own: list[tuple[dict[str, Any], dict[str, Any]]], models: int)
     like_base = sum(is_diverse(done, found["reference"]) for found, done in own)
     drift = statistics.median(drift_of(done) for done in outcomes)
     losses = [loss for found, done in own if (loss := loss_ratio_of(found, done)) is not None]
-    rescans = [done["rescans"][-1] for done in outcomes if done["rescans"]]
+    rescans = [rescans_of(done)[-1] for done in outcomes if done["rescans"]]
     return [
         share(gone, n), share(gone, models), share(nearly, n), share(diverse, n), share(like_base, n), f"{drift:.2f}",
         f"{statistics.median(losses):.2f}" if losses else "-",
@@ -222,6 +224,11 @@ def summary_cells(own: list[tuple[dict[str, Any], dict[str, Any]]], models: int)
 def drift_of(done: dict[str, Any]) -> float:
     """The largest drift over the samplers, as a share of clean outputs' own differences."""
     return max((d["share"] for d in done["drift"].values()), default=0.0)
+
+
+def rescans_of(done: dict[str, Any]) -> list[str]:
+    """The verdicts of the rescans, and "fires" where a found trigger does after the last; not in earlier results."""
+    return [*done["rescans"], *["fires"] * done.get("fires", False)]
 
 
 def loss_ratio_of(found: dict[str, Any], done: dict[str, Any]) -> float | None:

@@ -20,8 +20,9 @@ from torch import Tensor
 from elijah import processes
 from elijah.card import PICTURES, model_card
 from elijah.data import load_images
-from elijah.detection import Detection, Finding
-from elijah.detectors import DEFAULT
+from elijah.detection import Detection, Evidence, Finding
+from elijah.detectors import DEFAULT, LossFit
+from elijah.detectors.lossfit import pull
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError
 from elijah.files import new_folder, write_folder
@@ -62,8 +63,9 @@ def clean(
 ) -> CleanReport:
     """Removes what a scan of model finds and writes the repaired pipeline to out, complete or not at all.
 
-    Repairs and rescans again, with what the rescans found added, until one is clean or ROUNDS have passed. A repair
-    that harms the model's own clean samples (guard.py) makes the verdict undecided, and nothing is written.
+    Repairs and rescans again, with what the rescans found added, until one is clean and no found trigger fires any
+    more, or ROUNDS have passed; where one fires all the same the verdict is undecided. A repair that harms the model's
+    own clean samples (guard.py) makes the verdict undecided too, and nothing is written.
     data: a folder or stock name of clean images; else synthetic images that the model samples itself. force: repair
     also what the scan calls clean. keep: write also what the rescan calls backdoored, or the repair harmed. The limits
     hold for each scan. dtype bfloat16: the repair too computes in it, on weights in float32. A run that was killed in a
@@ -109,7 +111,7 @@ def clean(
 
 @dataclass
 class Removal:
-    """What remove did. findings: all that were repaired; numbers: of compare, on the last model."""
+    """What remove did. findings: all that were repaired; numbers: of compare, on the last model; fires: still."""
 
     model: Model
     findings: list[Finding] = field(default_factory=list)
@@ -118,6 +120,7 @@ class Removal:
     updates: int = 0
     seconds: float = 0.0
     harm: list[str] = field(default_factory=list)
+    fires: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
@@ -128,12 +131,13 @@ def remove(
     """Repairs model of the detection's best finding, rescans, and again with what the rescan found: ROUNDS at the most.
 
     Each repair starts from the last one's model and is told of all findings so far, so that none comes back. Ends when
-    a rescan is clean, when there is nothing to repair, and when the guard says that the model was harmed.
+    a rescan is clean and none of them fires, when there is nothing to repair, and when the guard says that the model
+    was harmed.
     """
-    done, found = Removal(model), detection
+    done, found, new = Removal(model), detection, True
     for k in range(1, ROUNDS + 1):
         began = time.monotonic()
-        done.findings.append(found.findings[0])
+        done.findings += found.findings[:1] if new else []
         done.images = screened(model, images, done.findings)
         fixed = REPAIRS[settings["repair"]]()(
             done.model, done.findings, done.images, generator=generator_for(seed, 10 * k + 1), progress=progress,
@@ -147,8 +151,12 @@ def remove(
         progress("note: scanning again with fresh seeds", 0, 0)
         found, after = processes.agreed(inspect(fixed, settings, seed + k, progress))
         done.rescans.append(after)
-        if after.verdict == "clean" or done.harm or not found.findings:
+        new = after.verdict != "clean"
+        done.fires = processes.agreed(still_fire(fixed, done.findings, seed + k))
+        if done.harm or not ((new and found.findings) or done.fires):
             break
+        if not new:
+            progress("note: the rescan is clean, but a trigger that was found still fires: repairing on", 0, 0)
     return done
 
 
@@ -171,6 +179,8 @@ def report_of(
         **{**done.numbers, **{key: done.numbers[key] | scores[key] for key in scores}},
     )  # fmt: skip
     parts = {name: getattr(after, name) for name in Report.model_fields} | {"seed": seed, "cleaning": cleaning}
+    if done.fires and after.verdict == "clean":
+        parts |= {"verdict": "undecided", "reason": f"{after.reason}, but a trigger that was found still fires"}
     if done.harm and after.verdict != "backdoored":
         parts |= {"verdict": "undecided", "reason": f"the repair harmed the model: {'; '.join(done.harm)}"}
     return CleanReport(**parts, before=before)
@@ -236,13 +246,29 @@ def forget(out: Path) -> None:
 
 def fingerprint(model: Model, done: Removal, settings: dict[str, Any], seed: int) -> str:
     """Names what a repair is made from, so that no other one goes on from its checkpoint."""
-    parts = [*(digest for _, digest in model.provenance.files), settings["repair"], settings["dtype"], str(seed)]
+    parts = [*(digest for _, digest in model.provenance.files), settings["repair"], settings["dtype"], str(seed),
+             str(len(done.rescans))]  # fmt: skip
     digest = hashlib.sha256(" ".join(parts).encode())
     for finding in done.findings:
         target = finding.trigger if finding.target is None else finding.target
         digest.update(torch.stack([finding.trigger, target]).detach().float().cpu().numpy().tobytes())
     digest.update(done.images.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def still_fire(model: Model, findings: list[Finding], seed: int) -> bool:
+    """Whether a found trigger moves outputs onto its image as a scan asks for it, under a stochastic or a deterministic
+    sampler. Where the target is a distribution nothing tells, and the rescan has to."""
+    e = model.noise(SAMPLES // 2 if model.exploding else SAMPLES, generator_for(seed, 4))
+    for sampler in LossFit.exploding_samplers if model.exploding else LossFit.samplers:
+        without = model.sample(e, sampler, seed=seed)
+        for f in findings:
+            if f.target is not None and not f.distribution:
+                shown = Evidence(sampler, model.sample(f.start(e), sampler, seed=seed), without)
+                if pull(model, shown, f.target.to(e)) >= LossFit.min_pull:
+                    return True
+    return False
 
 
 @torch.no_grad()

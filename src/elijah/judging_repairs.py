@@ -138,7 +138,8 @@ def judge_repairs(
                 continue
             found = yardstick.outcome(done.model, before)
             found |= {"updates": done.updates, "seconds": done.seconds, "images": len(done.images), "harm": done.harm,
-                      "findings": len(done.findings), "rescans": [r.verdict for r in done.rescans]}  # fmt: skip
+                      "findings": len(done.findings), "rescans": [r.verdict for r in done.rescans],
+                      "fires": done.fires}  # fmt: skip
             if fids:
                 found["fid"] = fids.beside(done.model, features)
             if strength and name in OURS:
