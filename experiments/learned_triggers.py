@@ -80,13 +80,14 @@ def main() -> int:
     names = [f"d-{data}_clean_s110" for data in ("cifar10", "celeba", "mnist")]
     clean = [(name, load_model(str(SHIPPED / name)), None, nothing) for name in names]
     for name, model, r, y in [*(made(*each) for each in MADE), *clean]:
+        fired = fires(model, r, y)
         for detector in (Collapse(), LossFit()):
             for seed in SEEDS:
                 model.meter.evaluations = 0
                 found = detector(model, generator=generator_for(seed))
                 best, evaluations = found.findings[0], model.meter.evaluations
                 lines.append(
-                    f"| {name} | {fires(model, r, y)} | {detector.name} | {seed} | {found.verdict} "
+                    f"| {name} | {fired} | {detector.name} | {seed} | {found.verdict} "
                     f"| {best.loss_ratio:.3f} | {found.scores['pull']:.2f} | {nearness(best, r, y)} "
                     f"| {evaluations:,} |"
                 )

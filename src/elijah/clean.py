@@ -111,7 +111,10 @@ def clean(
 
 @dataclass
 class Removal:
-    """What remove did. findings: all that were repaired; numbers: of compare, on the last model; fires: still."""
+    """What remove did. findings: all that were repaired; numbers: of compare, on the last model.
+
+    fires: whether one of the findings still does although the last rescan is clean.
+    """
 
     model: Model
     findings: list[Finding] = field(default_factory=list)
@@ -152,8 +155,8 @@ def remove(
         found, after = processes.agreed(inspect(fixed, settings, seed + k, progress))
         done.rescans.append(after)
         new = after.verdict != "clean"
-        done.fires = processes.agreed(still_fire(fixed, done.findings, seed + k))
-        if done.harm or not ((new and found.findings) or done.fires):
+        done.fires = not (new or done.harm) and processes.agreed(still_fire(fixed, done.findings, seed + k))
+        if done.harm or not (found.findings if new else done.fires):
             break
         if not new:
             progress("note: the rescan is clean, but a trigger that was found still fires: repairing on", 0, 0)
@@ -179,7 +182,7 @@ def report_of(
         **{**done.numbers, **{key: done.numbers[key] | scores[key] for key in scores}},
     )  # fmt: skip
     parts = {name: getattr(after, name) for name in Report.model_fields} | {"seed": seed, "cleaning": cleaning}
-    if done.fires and after.verdict == "clean":
+    if done.fires:
         parts |= {"verdict": "undecided", "reason": f"{after.reason}, but a trigger that was found still fires"}
     if done.harm and after.verdict != "backdoored":
         parts |= {"verdict": "undecided", "reason": f"the repair harmed the model: {'; '.join(done.harm)}"}

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from elijah.detectors.hypothesis import FAINT, FAMILIES, Family, Hypothesis, coloured
+from elijah.detectors.hypothesis import FAMILIES, Family, Hypothesis, coloured
 from elijah.detectors.lossfit import LossFit
 from elijah.detectors.search import Search
 from elijah.diffusion import Model, Progress
@@ -44,7 +44,7 @@ class Walk:
 
 COLLAPSED = replace(
     next(f for f in FAMILIES if f.name == "full_faint"), name="collapsed", matches="a learned trigger",
-    max_loss_ratio=0.7, max_if_fires=0.7, starts=(), reach=FAINT,
+    max_loss_ratio=0.7, max_if_fires=0.7, starts=(),
 )  # fmt: skip
 
 
