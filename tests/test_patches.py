@@ -63,6 +63,21 @@ def test_the_sweep_finds_the_square(square: tuple[int, int, int], colour: tuple[
     assert torch.equal((h.start(e) != e).any(0).any(0).float()[None], h.patch)
 
 
+def test_a_place_that_answers_less_is_left_for_the_true_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two wells, and the coarse squares lie in the shallow one: the found square is looked for everywhere."""
+
+    def wells(model: Model, squares: list[Any], gamma: float, e: torch.Tensor, t: torch.Tensor) -> list[float]:
+        def depth(y: int, x: int, side: int, colour: tuple[float, ...]) -> float:
+            far = [abs(y - y0) + abs(x - x0) + abs(side - 5) for y0, x0 in ((11, 0), (11, 11))]
+            return min(0.3 + 0.05 * far[0], 0.02 + 0.3 * far[1], 1.0) if colour == (1, 1, 1) else 1.0
+
+        return [depth(*square) for square in squares]
+
+    monkeypatch.setattr("elijah.detectors.patches.ratios", wells)
+    h = best_patch(model_with(None), PATCH, generator_for(0))
+    assert h.patch is not None and torch.equal(h.patch, mask(16, 11, 11, 5)) and h.loss_ratio == pytest.approx(0.02)
+
+
 def test_a_clean_network_has_no_patch() -> None:
     h = best_patch(model_with(None), PATCH, generator_for(0))
     assert h.loss_ratio == pytest.approx(1.0, abs=1e-4)

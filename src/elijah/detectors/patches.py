@@ -29,7 +29,9 @@ def best_patch(
     """The square that the network answers most like a trigger's, as a hypothesis; its loss ratio is that of the sweep.
 
     Squares of half and of a quarter of the width, half of their side apart, all with one noise, the best FEW with all
-    pairs; from the best three to their neighbours, `climbs` times, or once if that is hopeless; then gamma.
+    pairs; from the best three to their neighbours, `climbs` times, or once if that is hopeless. What is not is looked
+    for everywhere, half a side apart, and climbs again: a network answers its patch at other places too, less. Then
+    gamma.
     """
     size, channels = model.sample_shape[-1], model.sample_shape[0]
     levels = (-1.0, -2 / 3, -1 / 3, 1 / 3, 2 / 3, 1.0) if channels == 1 else (-1.0, 1.0)
@@ -42,22 +44,40 @@ def best_patch(
         for x in range(0, size - side + 1, max(1, side // 2))
         for colour in colours
     ]
-    first = dict(zip(looked, ratios(model, looked, GAMMAS[0], e[:1], t[:1]), strict=True))
     tried: dict[Square, float] = {}
-    new: Iterable[Square] = sorted(looked, key=lambda q: first[q])[:FEW]
+    best = climb(model, family, tried, seen(model, looked, e, t), e, t, climbs)
+    if tried[best] <= family.hopeless:
+        y, x, side, colour = best
+        step = max(1, side // 2)
+        places = [*range(0, size - side, step), size - side]
+        elsewhere = [(y, x, side, colour) for y in places for x in places]
+        best = climb(model, family, tried, seen(model, elsewhere, e, t), e, t, climbs)
+    y, x, side, colour = best
+    found = [(ratios(model, [(y, x, side, colour)], g, e, t)[0], g) for g in GAMMAS]
+    ratio, gamma = min(found)
+    patch = mask(size, y, x, side).to(model.device)
+    level = torch.tensor(colour, dtype=torch.float32, device=model.device)[:, None, None] * (1 - gamma)
+    return Hypothesis(family, level * patch, torch.zeros_like(level * patch), gamma, ratio, patch=patch)
+
+
+def seen(model: Model, looked: list[Square], e: Tensor, t: Tensor) -> list[Square]:
+    """The FEW best of the squares at the first pair of noise."""
+    first = dict(zip(looked, ratios(model, looked, GAMMAS[0], e[:1], t[:1]), strict=True))
+    return sorted(first, key=lambda q: first[q])[:FEW]
+
+
+def climb(
+    model: Model, family: Family, tried: dict[Square, float], new: Iterable[Square], e: Tensor, t: Tensor, climbs: int
+) -> Square:
+    """The best of the new squares, those in tried, and what is reached from the best three; adds all to tried."""
     for k in range(climbs + 1):
         fresh = [q for q in dict.fromkeys(new) if q not in tried]
         tried |= dict(zip(fresh, ratios(model, fresh, GAMMAS[0], e, t), strict=True))
         top = sorted(tried, key=lambda q: tried[q])[:3]
         if k > 0 and tried[top[0]] > family.hopeless:
             break
-        new = [near for q in top for near in neighbours(q, size)]
-    y, x, side, colour = top[0]
-    found = [(ratios(model, [(y, x, side, colour)], g, e, t)[0], g) for g in GAMMAS]
-    ratio, gamma = min(found)
-    patch = mask(size, y, x, side).to(model.device)
-    level = torch.tensor(colour, dtype=torch.float32, device=model.device)[:, None, None] * (1 - gamma)
-    return Hypothesis(family, level * patch, torch.zeros_like(level * patch), gamma, ratio, patch=patch)
+        new = [near for q in top for near in neighbours(q, model.sample_shape[-1])]
+    return top[0]
 
 
 def neighbours(q: Square, size: int) -> Iterable[Square]:
