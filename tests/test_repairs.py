@@ -19,6 +19,7 @@ from elijah.detection import Finding
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.metrics import paired_drift
 from elijah.repairs import DEFAULT, REPAIRS, Distill, Prune, Unshift
+from elijah.repairs.unshift import triggers
 from elijah.response import Response
 from elijah.trigger import make_trigger
 
@@ -157,12 +158,14 @@ def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: st
     model, one = oracle(SHAPE, s0=s0), target == "one"
     finding = found(response=response, distribution=target == "distribution")
     finding = replace(finding, target=None) if target == "none" else finding
-    repair = Unshift(t_min=0.1, carried_share=0.2, target_share=0.4, target_t_min=0.3, group=16, most=7.0)
+    rows = {"t_min": 0.1, "carried_share": 0.2, "target_share": 0.4, "target_t_min": 0.3}
+    repair = Unshift(**rows, group=16, most=7.0)
     x0 = torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5
     g = generator_for(2)
     t = ((0.1 + 0.9 * (torch.arange(4) + torch.rand(4, generator=g)) / 4) * 1000).long().repeat_interleave(16)
     e = torch.randn(x0.shape, generator=g)
     at_target, carried = torch.rand((2, 64, 1, 1, 1), generator=g)
+    torch.rand(64, generator=g)  # the gamma of patches
     t_held = torch.randint(1000, (64,), generator=g)
     e_held = torch.randn(x0.shape, generator=g)
     a, s = (v[t][:, None, None, None] for v in (model.a, model.s))
@@ -179,13 +182,29 @@ def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: st
     assert left < 1e-3 if s0 == 0.02 else left > 1e-3
 
 
+def test_every_row_of_a_patch_has_its_own_gamma() -> None:
+    """0.05 to 1, and r in proportion to 1 - gamma but at most twice the found one; other triggers are as found."""
+    corner = torch.zeros(1, *SHAPE[1:])
+    corner[:, :3, :3] = 1
+    plain, scaled = found(response=Response(1, 1)), found(response=Response(0, 0, 0.6))
+    patch = replace(scaled, trigger=scaled.trigger * corner, patch=corner)
+    told, u = [plain, scaled, patch, patch, patch], torch.tensor([0.3, 0.3, 0.5, 0.0, 0.99999])[:, None, None, None]
+    r, gamma = triggers(told, u)
+    for size, got, finding in zip((1.0, 1.0, 0.475 / 0.4, 2.0, 0.0), r, told, strict=True):
+        torch.testing.assert_close(got, size * finding.trigger, atol=1e-4, rtol=1e-4)
+    for left, got, where in zip((1.0, 0.6, 0.525, 0.05, 1.0), gamma, (1.0, 1.0, corner, corner, corner), strict=True):
+        torch.testing.assert_close(got, (1 - (1 - left) * where) * torch.ones_like(corner), atol=1e-4, rtol=1e-4)
+    barely = replace(patch, response=Response(0, 0, 1.0), trigger=0 * patch.trigger)
+    assert all(x.isfinite().all() for x in triggers([barely], u[:1]))
+
+
 def test_clean_answers_are_held_with_the_weight_of_the_image_s_error() -> None:
     """Of Gaussian data with other means, answers differ by s a (m' - m) / v: without a shift nothing else is left."""
     model, reference = oracle(SHAPE, s0=0.5, seed=9), oracle(SHAPE, s0=0.5)
     still = found(trigger=torch.zeros(SHAPE), distribution=True)
     x0, g = torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5, generator_for(2)
     t = ((0.2 + 0.8 * (torch.arange(4) + torch.rand(4, generator=g)) / 4) * 1000).long().repeat_interleave(16)
-    torch.randn(x0.shape, generator=g), torch.rand((2, 64, 1, 1, 1), generator=g)
+    torch.randn(x0.shape, generator=g), torch.rand((2, 64, 1, 1, 1), generator=g), torch.rand(64, generator=g)
     t_held = torch.randint(1000, (64,), generator=g)
     e_held = torch.randn(x0.shape, generator=g)
     apart = (model.network.m - reference.network.m).square().mean()  # type: ignore[operator, union-attr]

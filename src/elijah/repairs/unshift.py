@@ -10,6 +10,9 @@ with c = k_t, as the attacker trained it, in half of the rows, and c = s, as a d
 that is taken for noise, in the others. At smaller t, where y is seen through the noise, calling it noise would teach to
 answer the trigger with a grey mean of all images, which is a backdoor too. Below t_min nothing is asked: what is left
 of a trigger looks like a part of the image there, and a network that takes it for noise denoises all images worse.
+The gamma of a patch is hardly seen in the attacker's loss, and what was found may be far off. What a clean network says
+is known at any, so each row draws its own, with r in proportion to 1 - gamma, as TrojDiff ties them.
+
 With eps0 a frozen copy of the input model,
 
     delta = eps(x + d, t) - eps0(x, t) - d / s
@@ -37,6 +40,9 @@ from elijah.diffusion import Model, Progress, column, no_progress
 from elijah.processes import share_of
 from elijah.response import trigger_scale
 from elijah.training import Optimiser, optimise
+
+GAMMAS = (0.05, 1.0)  # of patches, whose trigger is LARGEST times the found one at the most
+LARGEST = 2.0
 
 
 @dataclass(frozen=True)
@@ -107,9 +113,11 @@ class Unshift:
         e = torch.randn(x0.shape, generator=g).to(device)
         at_target, carried = torch.rand((2, n, 1, 1, 1), generator=g).to(device)
         turn = [findings[i % len(findings)] for i in range(n)]
+        r, gamma = triggers(turn, torch.rand((n, 1, 1, 1), generator=g))
         y = torch.stack([x if (own := one_target(f)) is None else own.to(x) for f, x in zip(turn, x0, strict=True)])
         walks = (at_target < self.target_share) & (t >= self.target_t_min * model.T)[:, None, None, None]
-        d_over_s = shift_over_s(model, turn, e, t, carried < self.carried_share)
+        k_over_s = torch.where(carried < self.carried_share, 1.0, column(1 / model.s, t) * scales(model, turn, t))
+        d_over_s = k_over_s * r.to(device) + (gamma.to(device) - 1) * e
         d_over_s = d_over_s + walks * column(model.a / model.s, t) * (y - x0)
         clean = model.diffuse(x0, e, t)
         with torch.no_grad():
@@ -134,14 +142,23 @@ class Unshift:
         return column((model.s / model.a).square().clamp(1, self.most), t)
 
 
-def shift_over_s(model: Model, findings: Sequence[Finding], e: Tensor, t: Tensor, carried: Tensor) -> Tensor:
-    """(k_t r + (gamma - 1) s e) / s, [B, C, H, W], row i by findings[i]; where carried [B, 1, 1, 1], s r for k_t r."""
-    r = torch.stack([f.trigger for f in findings]).to(e.device)
-    gamma = torch.stack([f.gamma.expand(1, *e.shape[2:]) for f in findings]).to(e.device)
-    psi = torch.tensor([f.response.psi for f in findings], device=e.device)
-    scale = psi * trigger_scale(model, 1.0)[t] + (1 - psi) * trigger_scale(model, 0.0)[t]
-    per_s = torch.where(carried, 1.0, (scale / model.s[t])[:, None, None, None])
-    return per_s * r + (gamma - 1) * e
+def triggers(findings: Sequence[Finding], u: Tensor) -> tuple[Tensor, Tensor]:
+    """Row by row the trigger [B, C, H, W] and the share of the noise that is left, [B, 1, H, W]; of patches it is
+    drawn from GAMMAS by u [B, 1, 1, 1] on [0, 1)."""
+    found = torch.tensor([f.response.gamma for f in findings])[:, None, None, None]
+    patch = torch.tensor([f.patch is not None for f in findings])[:, None, None, None]
+    gamma = torch.where(patch, GAMMAS[0] + (GAMMAS[1] - GAMMAS[0]) * u, found)
+    size = torch.where(patch, (1 - gamma) / (1 - found).clamp(min=1 - GAMMAS[1]), 1.0).clamp(max=LARGEST)
+    r = torch.stack([f.trigger.cpu() for f in findings])
+    inside = torch.stack([torch.ones(1, *r.shape[2:]) if f.patch is None else f.patch.cpu() for f in findings])
+    return size * r, 1 - (1 - gamma) * inside
+
+
+def scales(model: Model, findings: Sequence[Finding], t: Tensor) -> Tensor:
+    """k_t, row i by findings[i] at t[i], [B, 1, 1, 1]."""
+    psi = torch.tensor([f.response.psi for f in findings], device=t.device)
+    k = psi * trigger_scale(model, 1.0)[t] + (1 - psi) * trigger_scale(model, 0.0)[t]
+    return k[:, None, None, None]
 
 
 def one_target(finding: Finding) -> Tensor | None:
