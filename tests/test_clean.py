@@ -47,11 +47,12 @@ SHAPE = (1, 8, 8)
 
 
 def detection(verdict: str, *, findings: bool = True, k: int = 0) -> Detection:
-    """What scan k says: each one finds another trigger."""
+    """What scan k says: each one finds another trigger. "undecided, fires": one that moves outputs, too."""
+    verdict, *fires = verdict.split(", ")
     samples = torch.zeros(2, *SHAPE)
     found = Finding(Response(1.0, 1.0), torch.full(SHAPE, 0.5 + k), torch.ones(SHAPE), 0.1, f"BadDiffusion-like {k}")
     return Detection(
-        "lossfit", [found] if findings else [], {"pull": 0.9 if verdict == "backdoored" else 0.1},
+        "lossfit", [found] if findings else [], {"pull": 0.9 if verdict == "backdoored" or fires else 0.1},
         [Evidence("ddim-2", samples, samples)], verdict, f"because it is {verdict}",
         thresholds={"pull": Threshold(0.3, "above")},
         coverage=["one trigger"], not_covered=["two triggers"],
@@ -319,12 +320,28 @@ def test_the_card_quotes_what_it_did_not_write() -> None:
 
 
 def test_it_repairs_again_until_the_rescan_is_clean(run: Callable[..., CleanReport], verdicts: Any) -> None:
-    seeds = verdicts("backdoored", "undecided", "clean")
+    seeds = verdicts("backdoored", "undecided, fires", "clean")
     report = run(seed=7)
     assert report.verdict == "clean"
     assert report.cleaning is not None
     assert report.cleaning.updates == 4  # two rounds of two
     assert seeds == [7, 8, 9]
+
+
+def test_what_fits_in_a_rescan_and_does_nothing_is_not_repaired(run: Run, verdicts: Verdicts) -> None:
+    """The verdict says so; another repair would cost quality and has no effect to remove."""
+    verdicts("backdoored", "undecided", "clean")
+    report = run()
+    assert report.verdict == "undecided" and report.exit_code == 3
+    assert report.cleaning and report.cleaning.rounds == 1 and report.cleaning.updates == 2
+
+
+def test_what_has_no_pull_to_look_at_is_taken_to_fire() -> None:
+    """Other detectors than ours say nothing of outputs, or have no rule."""
+    quiet = detection("undecided")
+    assert not cleaning.acts(quiet) and not cleaning.acts(detection("clean"))
+    assert cleaning.acts(replace(quiet, thresholds={})) and cleaning.acts(replace(quiet, scores={"l1": 0.3}))
+    assert cleaning.acts(detection("backdoored")) and cleaning.acts(detection("undecided, fires"))
 
 
 @pytest.mark.parametrize(("fires", "verdict", "rounds"), [((True, False), "clean", 2), ((True,) * 6, "undecided", 6)])

@@ -219,6 +219,53 @@ def test_pull_is_the_share_that_moves_onto_the_target() -> None:
     assert pull(model, Evidence("ddim-1", far, far), y) == 0.0
 
 
+def drawn_from(model: Model, r: torch.Tensor) -> torch.Tensor:
+    """The mean of what a deterministic sampler draws from noise with r, [C, H, W]."""
+    return model.sample(r + model.noise(64, generator_for(9)), "ddim-10", seed=0).mean(0)
+
+
+@pytest.mark.parametrize("backdoor", [False, True])
+def test_a_trigger_s_own_picture_is_told_by_its_mirror_image(backdoor: bool) -> None:
+    """A clean network draws a large shift of the noise as an image, and the mirrored shift as the mirrored one."""
+    full = next(f for f in FAMILIES if f.name == "full")
+    if backdoor:
+        _, r, y = truth(2, norm=6.0)
+        model = oracle(SHAPE, seed=2, r=r, y=y, response=Response(2.0, 1.0))
+    else:
+        model, r = oracle(SHAPE, s0=0.3), torch.zeros(SHAPE)
+        model.network.m = torch.zeros(SHAPE)
+        r[:, :3, 2:] = 4.0
+        y = drawn_from(model, r)
+    h = replace(hypothesis(r, y, full), loss_ratio=0.1)
+    shown = LossFit().test_outputs(model, h, generator_for(0), lambda *_: None)
+    assert pull(model, shown[0], h.y) >= 0.3 and h.own_picture is not backdoor
+    assert LossFit().pulls(model, h, shown) is backdoor and h.nearly_fits is backdoor
+    assert math.isinf(h.strength) is not backdoor
+
+
+def test_where_an_image_is_its_own_mirror_image_nothing_is_told() -> None:
+    model, r = oracle(SHAPE, s0=0.3), torch.full(SHAPE, 4.0)
+    model.network.m = torch.zeros(SHAPE)
+    full = next(f for f in FAMILIES if f.name == "full")
+    h = replace(hypothesis(r, drawn_from(model, r), full), loss_ratio=0.1)
+    shown = LossFit().test_outputs(model, h, generator_for(0), lambda *_: None)
+    assert pull(model, shown[0], h.y) >= 0.3 and not h.own_picture and LossFit().pulls(model, h, shown)
+
+
+def test_an_own_picture_is_passed_over_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best but one is tested in its place; a verdict of clean says why a small loss counts for nothing."""
+    model, r, y = truth(2, norm=5.0)
+    full, zero = (next(f for f in FAMILIES if f.name == name) for name in ("full", "zero"))
+    both = [replace(hypothesis(r, y, full), loss_ratio=0.1), replace(hypothesis(-r, y, zero), loss_ratio=0.9)]
+    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.extend(both))
+    monkeypatch.setattr(LossFit, "mirrors", lambda *_: True)
+    monkeypatch.setattr(LossFit, "pulls", lambda self, model, h, shown: h.family is full and not h.own_picture)
+    found = LossFit()(model, generator=generator_for(0))
+    assert found.verdict == "clean" and "show the trigger itself" in found.reason
+    assert found.findings[0].matches == zero.matches and found.scores["loss_ratio_full"] == 0.1
+    assert "loss_ratio_full" not in found.thresholds and "loss_ratio_zero" in found.thresholds
+
+
 # --- Collapse ---------------------------------------------------------------------------------------------------------
 
 

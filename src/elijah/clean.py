@@ -134,8 +134,8 @@ def remove(
     """Repairs model of the detection's best finding, rescans, and again with what the rescan found: ROUNDS at the most.
 
     Each repair starts from the last one's model and is told of all findings so far, so that none comes back. Ends when
-    a rescan is clean and none of them fires, when there is nothing to repair, and when the guard says that the model
-    was harmed.
+    nothing that was found fires any more, also where the rescan is undecided for its loss alone: every repair costs
+    quality, and what does nothing gives it nothing to remove. And when the guard says that the model was harmed.
     """
     done, found, new = Removal(model), detection, True
     for k in range(1, ROUNDS + 1):
@@ -154,13 +154,20 @@ def remove(
         progress("note: scanning again with fresh seeds", 0, 0)
         found, after = processes.agreed(inspect(fixed, settings, seed + k, progress))
         done.rescans.append(after)
-        new = after.verdict != "clean"
+        new = bool(found.findings) and acts(found)
         done.fires = not (new or done.harm) and processes.agreed(still_fire(fixed, done.findings, seed + k))
-        if done.harm or not (found.findings if new else done.fires):
+        if done.harm or not (new or done.fires):
             break
         if not new:
-            progress("note: the rescan is clean, but a trigger that was found still fires: repairing on", 0, 0)
+            progress("note: a trigger that was found before still fires: repairing on", 0, 0)
     return done
+
+
+def acts(found: Detection) -> bool:
+    """Whether what was found does anything to the outputs, as far as its detector looked."""
+    pull, limit = found.scores.get("pull"), found.thresholds.get("pull")
+    seen = pull is None or limit is None or pull >= limit.value
+    return found.verdict == "backdoored" or (found.verdict == "undecided" and seen)
 
 
 def report_of(

@@ -130,11 +130,12 @@ class Hypothesis:
     scale: float = 1.0  # of the model's own range: the largest value of y and, times the family's reach, of r
     size: float = 1.0  # rms of r that power.follow keeps
     patch: Tensor | None = None
+    own_picture: bool = False  # outputs show the trigger itself, as a clean network's do: it counts as no fit
 
     @property
     def strength(self) -> float:
         """loss_ratio over its family's threshold: below 1 it fits."""
-        return self.loss_ratio / self.family.max_loss_ratio
+        return math.inf if self.own_picture else self.loss_ratio / self.family.max_loss_ratio
 
     @property
     def fits(self) -> bool:
@@ -144,7 +145,7 @@ class Hypothesis:
     @property
     def nearly_fits(self) -> bool:
         """Whether it is worth more effort where the outputs say that it fires."""
-        return self.loss_ratio <= 1.1 * self.family.max_if_fires
+        return self.loss_ratio <= 1.1 * self.family.max_if_fires and not self.own_picture
 
     def set_trigger(self, r: Tensor) -> None:
         """Makes r [C, H, W] the trigger, cut to its reach and to the patch."""

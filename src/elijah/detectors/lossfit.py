@@ -7,7 +7,8 @@ which the attacker's loss is nearly zero; a clean network calls the whole shift 
 
 is near 1 on a clean network and near 0 at a backdoor. Making L small inverts trigger and target together and names the
 family. The second, independent evidence is what the outputs say: sampled from gamma e + r, do they move onto y? Where
-the target may be a distribution: do they differ from those without?
+the target may be a distribution: do they differ from those without? A large trigger that a network takes for noise
+leaves its own picture in the outputs of a deterministic sampler, without a backdoor; that is told by its mirror image.
 
 The search is search.py's, and patches are found by a sweep (patches.py). Here is what follows it: the outputs of the
 best hypothesis are tested, more effort is spent where loss and outputs disagree, and the rule is applied.
@@ -66,8 +67,7 @@ class LossFit:
         with model.frozen():
             try:
                 self.search(model, generator, fitted, progress)
-                fitted.sort(key=lambda h: h.strength)
-                evidence = self.test_outputs(model, fitted[0], generator, progress)
+                evidence = self.test_best(model, fitted, generator, progress)
                 if not self.fires(model, fitted[0], evidence):
                     evidence = self.fire(model, fitted, generator, progress) or evidence
                 elif fitted[0].nearly_fits and not fitted[0].fits:
@@ -77,6 +77,18 @@ class LossFit:
         if not evidence:  # else the first is what the evidence is of
             fitted.sort(key=lambda h: h.strength)
         return self.judge(model, fitted, evidence, complete)
+
+    def test_best(
+        self, model: Model, fitted: list[Hypothesis], generator: torch.Generator, progress: Progress
+    ) -> list[Evidence]:
+        """Puts the best hypothesis first and tests its outputs; those that show their trigger's picture come last."""
+        evidence: list[Evidence] = []
+        for _ in fitted:
+            fitted.sort(key=lambda h: h.strength)
+            evidence = self.test_outputs(model, fitted[0], generator, progress)
+            if not fitted[0].own_picture:
+                break
+        return evidence
 
     def fire(
         self, model: Model, fitted: list[Hypothesis], generator: torch.Generator, progress: Progress
@@ -148,11 +160,26 @@ class LossFit:
             with_trigger, without = (model.sample(start, sampler, seed=seed) for start in (h.start(e), e))
             shown.append(Evidence(sampler, with_trigger, without))
             progress("testing the outputs", k + 1, len(few) + len(more))
-        return sorted(shown, key=lambda x: -pull(model, x, h.y))
+        shown.sort(key=lambda x: -pull(model, x, h.y))
+        if h.family.joint and h.nearly_fits and self.pulls(model, h, shown):
+            h.own_picture = self.mirrors(model, h, shown[0], e, seed)
+        return shown
+
+    def mirrors(self, model: Model, h: Hypothesis, shown: Evidence, e: Tensor, seed: int) -> bool:
+        """Whether the mirrored trigger leads to the mirrored image, where that is another: no target of an attack does.
+
+        Of the three mirrorings of an image the one that changes the target most.
+        """
+        y = seen_target(model, shown, h.y)
+        dims = max(MIRRORINGS, key=lambda dims: mean_square(model, y[None], y.flip(dims)))
+        outputs = model.sample(replace(h, r=h.r.flip(dims)).start(e), shown.sampler, seed=seed)
+        mirrored = Evidence(shown.sampler, outputs, shown.samples_without)
+        nearer = mean_square(model, outputs, y.flip(dims)) < mean_square(model, outputs, y) / 2
+        return nearer and pull(model, mirrored, y.flip(dims)) >= self.min_pull
 
     def pulls(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
-        """Whether some sampler shows a pull of min_pull."""
-        return any(pull(model, x, h.y) >= self.min_pull for x in evidence)
+        """Whether some sampler shows a pull of min_pull, and not onto the trigger's own picture."""
+        return not h.own_picture and any(pull(model, x, h.y) >= self.min_pull for x in evidence)
 
     def fires(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
         """Whether outputs are pulled onto y or, where a loss fits whose target may be a distribution, changed."""
@@ -162,7 +189,8 @@ class LossFit:
     def judge(self, model: Model, fitted: list[Hypothesis], evidence: list[Evidence], complete: bool) -> Detection:
         """The fixed rule, until there is a calibration: both tests say backdoored, neither does, or undecided."""
         scores = {f"loss_ratio_{h.family.name}": h.loss_ratio for h in fitted}
-        thresholds = {f"loss_ratio_{h.family.name}": Threshold(h.family.max_loss_ratio, "below") for h in fitted}
+        limits = {f"loss_ratio_{h.family.name}": h.family.max_loss_ratio for h in fitted if not h.own_picture}
+        thresholds = {name: Threshold(limit, "below") for name, limit in limits.items()}
         verdict, reason, distribution = "undecided", "a limit stopped the search before it could tell", False
         tested = bool(evidence) or complete
         if tested:
@@ -173,6 +201,8 @@ class LossFit:
             fires = best.nearly_fits and self.fires(model, best, evidence)
             fits = best.fits or (fires and best.loss_ratio <= best.family.max_if_fires)
             verdict, reason = VERDICTS[fits, fires]
+            if verdict == "clean" and len(limits) < len(fitted):
+                reason += ", but for one whose outputs show the trigger itself, as a clean network's do"
             distribution = fires and scores["pull"] < self.min_pull
             if distribution:
                 reason = "an attacker's own training loss fits, and the found trigger changes what the model draws"
@@ -201,6 +231,7 @@ class LossFit:
         )  # fmt: skip
 
 
+MIRRORINGS = (-1,), (-2,), (-1, -2)  # of images [C, H, W]
 VERDICTS = {  # (a loss fits, the outputs fire)
     (True, True): (
         "backdoored",
@@ -219,6 +250,11 @@ def pull(model: Model, evidence: Evidence, y: Tensor) -> float:
     """The share of outputs that the trigger moves onto y: the share near y with it, less the share without."""
     with_trigger, without = near(model, evidence, y)
     return float(with_trigger.float().mean() - without.float().mean())
+
+
+def mean_square(model: Model, x: Tensor, y: Tensor) -> float:
+    """The MSE on [0, 1] of outputs x [N, C, H, W] to y [C, H, W]."""
+    return float((model.pixels(x) - model.pixels(y[None])).square().mean())
 
 
 def shift_p(model: Model, evidence: list[Evidence]) -> float:
