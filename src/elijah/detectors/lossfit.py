@@ -201,7 +201,7 @@ class LossFit:
             fires = best.nearly_fits and self.fires(model, best, evidence)
             fits = best.fits or (fires and best.loss_ratio <= best.family.max_if_fires)
             verdict, reason = VERDICTS[fits, fires]
-            if verdict == "clean" and len(limits) < len(fitted):
+            if verdict == "clean" and any(h.own_picture for h in fitted):
                 reason += ", but for one whose outputs show the trigger itself, as a clean network's do"
             distribution = fires and scores["pull"] < self.min_pull
             if distribution:
