@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from elijah.detectors.hypothesis import (
     spectrum,
     steadiness,
 )
-from elijah.detectors.lossfit import VERDICTS, pull
+from elijah.detectors.lossfit import VERDICTS, correlation, pull
 from elijah.detectors.power import SETTLING, follow, off_by, settle
 from elijah.detectors.search import Search, begin, best_of_each, promising
 from elijah.diffusion import Model, generator_for
@@ -243,6 +244,24 @@ def test_a_trigger_s_own_picture_is_told_by_its_mirror_image(backdoor: bool) -> 
     assert math.isinf(h.strength) is not backdoor
 
 
+def test_a_target_unlike_its_trigger_is_no_picture_of_it_however_the_network_mirrors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An attacker may poison with mirrored pairs too: here all outputs are the mirrored target."""
+    model, r, y = truth(2, norm=6.0)
+    full = next(f for f in FAMILIES if f.name == "full")
+    assert abs(correlation(r, y)) < 0.5 and correlation(r, 2 * r + 1) == pytest.approx(1.0)
+    assert correlation(torch.ones(SHAPE), y) == 0.0
+    e, far = torch.zeros(4, *SHAPE), -y.flip(0).expand(4, *SHAPE)
+    monkeypatch.setattr(LossFit, "min_pull", 0.0)
+    for target, own in ((y, False), (r / r.abs().max(), True)):
+        mirrored = max(((-1,), (-2,), (-1, -2)), key=lambda dims: float((target - target.flip(dims)).square().mean()))
+        drawn = target.flip(mirrored).expand(4, *SHAPE)
+        monkeypatch.setattr(Model, "sample", functools.partial(lambda drawn, *_, **__: drawn, drawn))
+        h, shown = hypothesis(r, target, full), Evidence("ddim-10", target.expand(4, *SHAPE), far)
+        assert LossFit().shows_itself(model, h, shown, e, 0) is own
+
+
 def test_where_an_image_is_its_own_mirror_image_nothing_is_told() -> None:
     model, r = oracle(SHAPE, s0=0.3), torch.full(SHAPE, 4.0)
     model.network.m = torch.zeros(SHAPE)
@@ -258,7 +277,7 @@ def test_an_own_picture_is_passed_over_and_said(monkeypatch: pytest.MonkeyPatch)
     full, zero = (next(f for f in FAMILIES if f.name == name) for name in ("full", "zero"))
     both = [replace(hypothesis(r, y, full), loss_ratio=0.1), replace(hypothesis(-r, y, zero), loss_ratio=0.9)]
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.extend(both))
-    monkeypatch.setattr(LossFit, "mirrors", lambda *_: True)
+    monkeypatch.setattr(LossFit, "shows_itself", lambda *_: True)
     monkeypatch.setattr(LossFit, "pulls", lambda self, model, h, shown: h.family is full and not h.own_picture)
     found = LossFit()(model, generator=generator_for(0))
     assert found.verdict == "clean" and "show the trigger itself" in found.reason

@@ -8,7 +8,8 @@ which the attacker's loss is nearly zero; a clean network calls the whole shift 
 is near 1 on a clean network and near 0 at a backdoor. Making L small inverts trigger and target together and names the
 family. The second, independent evidence is what the outputs say: sampled from gamma e + r, do they move onto y? Where
 the target may be a distribution: do they differ from those without? A large trigger that a network takes for noise
-leaves its own picture in the outputs of a deterministic sampler, without a backdoor; that is told by its mirror image.
+leaves its own picture in the outputs of a deterministic sampler, without a backdoor; it is told by what it looks like
+and by its mirror image.
 
 The search is search.py's, and patches are found by a sweep (patches.py). Here is what follows it: the outputs of the
 best hypothesis are tested, more effort is spent where loss and outputs disagree, and the rule is applied.
@@ -38,7 +39,8 @@ class LossFit:
 
     samples: how many the output test draws a sampler, half as many where one is costly (exploding); more_samples: where
     a distribution that is a target does not show in so few. max_shift_p: outputs with and without the trigger count as
-    changed up to this p-value of being draws from one distribution.
+    changed up to this p-value of being draws from one distribution. min_likeness: the correlation of a trigger with its
+    own picture.
     Where a loss nearly fits and the outputs do not say so, what else could fire is tested (alternatives), in the end
     after a fit by gradient from there and under more samplers (careful_*).
     """
@@ -57,6 +59,7 @@ class LossFit:
     careful_samplers: tuple[str, ...] = ("ddpm-100", "ddim-50")
     exploding_samplers: tuple[str, ...] = ("pc-500",)
     min_pull: float = 0.3
+    min_likeness: float = 0.75
     max_shift_p: float = 0.01
 
     def __call__(self, model: Model, *, generator: torch.Generator, progress: Progress = no_progress) -> Detection:
@@ -162,15 +165,18 @@ class LossFit:
             progress("testing the outputs", k + 1, len(few) + len(more))
         shown.sort(key=lambda x: -pull(model, x, h.y))
         if h.family.joint and h.nearly_fits and self.pulls(model, h, shown):
-            h.own_picture = self.mirrors(model, h, shown[0], e, seed)
+            h.own_picture = self.shows_itself(model, h, shown[0], e, seed)
         return shown
 
-    def mirrors(self, model: Model, h: Hypothesis, shown: Evidence, e: Tensor, seed: int) -> bool:
-        """Whether the mirrored trigger leads to the mirrored image, where that is another: no target of an attack does.
+    def shows_itself(self, model: Model, h: Hypothesis, shown: Evidence, e: Tensor, seed: int) -> bool:
+        """Whether the target looks like the trigger, and the mirrored trigger leads to the mirrored target.
 
-        Of the three mirrorings of an image the one that changes the target most.
+        Both, since an attacker can train either; with both there is nothing but what clean networks draw from such
+        noise. Of the three mirrorings of an image the one that changes the target most.
         """
         y = seen_target(model, shown, h.y)
+        if not correlation(h.r, y) >= self.min_likeness:
+            return False
         dims = max(MIRRORINGS, key=lambda dims: mean_square(model, y[None], y.flip(dims)))
         outputs = model.sample(replace(h, r=h.r.flip(dims)).start(e), shown.sampler, seed=seed)
         mirrored = Evidence(shown.sampler, outputs, shown.samples_without)
@@ -250,6 +256,12 @@ def pull(model: Model, evidence: Evidence, y: Tensor) -> float:
     """The share of outputs that the trigger moves onto y: the share near y with it, less the share without."""
     with_trigger, without = near(model, evidence, y)
     return float(with_trigger.float().mean() - without.float().mean())
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Over all values of two images; 0 where one of them is flat."""
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-12))
 
 
 def mean_square(model: Model, x: Tensor, y: Tensor) -> float:
