@@ -253,7 +253,6 @@ def test_a_target_unlike_its_trigger_is_no_picture_of_it_however_the_network_mir
     assert abs(correlation(r, y)) < 0.5 and correlation(r, 2 * r + 1) == pytest.approx(1.0)
     assert correlation(torch.ones(SHAPE), y) == 0.0
     e, far = torch.zeros(4, *SHAPE), -y.flip(0).expand(4, *SHAPE)
-    monkeypatch.setattr(LossFit, "min_pull", 0.0)
     for target, own in ((y, False), (r / r.abs().max(), True)):
         mirrored = max(((-1,), (-2,), (-1, -2)), key=lambda dims: float((target - target.flip(dims)).square().mean()))
         drawn = target.flip(mirrored).expand(4, *SHAPE)

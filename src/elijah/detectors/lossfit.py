@@ -179,9 +179,7 @@ class LossFit:
             return False
         dims = max(MIRRORINGS, key=lambda dims: mean_square(model, y[None], y.flip(dims)))
         outputs = model.sample(replace(h, r=h.r.flip(dims)).start(e), shown.sampler, seed=seed)
-        mirrored = Evidence(shown.sampler, outputs, shown.samples_without)
-        nearer = mean_square(model, outputs, y.flip(dims)) < mean_square(model, outputs, y) / 2
-        return nearer and pull(model, mirrored, y.flip(dims)) >= self.min_pull
+        return mean_square(model, outputs, y.flip(dims)) < mean_square(model, outputs, y) / 2
 
     def pulls(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
         """Whether some sampler shows a pull of min_pull, and not onto the trigger's own picture."""
