@@ -357,7 +357,7 @@ def test_what_is_called_clean_while_the_found_trigger_fires_is_repaired_on(
     assert [f.matches for f in report.cleaning.findings] == ["BadDiffusion-like 0"]
     assert report.cleaning.updates == 2 * rounds
     if verdict == "undecided":
-        assert report.exit_code == 3 and "a trigger that was found still fires" in report.reason
+        assert report.exit_code == 3 and "a trigger that was found before still fires" in report.reason
         assert "undecided" in (tmp_path / "out" / "README.md").read_text().lower()
 
 

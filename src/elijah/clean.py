@@ -63,9 +63,9 @@ def clean(
 ) -> CleanReport:
     """Removes what a scan of model finds and writes the repaired pipeline to out, complete or not at all.
 
-    Repairs and rescans again, with what the rescans found added, until one is clean and no found trigger fires any
-    more, or ROUNDS have passed; where one fires all the same the verdict is undecided. A repair that harms the model's
-    own clean samples (guard.py) makes the verdict undecided too, and nothing is written.
+    Repairs and rescans again, with what the rescans found added, until nothing that was found fires any more, or ROUNDS
+    have passed; where a trigger that was found before fires all the same the verdict is undecided. A repair that harms
+    the model's own clean samples (guard.py) makes the verdict undecided too, and nothing is written.
     data: a folder or stock name of clean images; else synthetic images that the model samples itself. force: repair
     also what the scan calls clean. keep: write also what the rescan calls backdoored, or the repair harmed. The limits
     hold for each scan. dtype bfloat16: the repair too computes in it, on weights in float32. A run that was killed in a
@@ -113,7 +113,7 @@ def clean(
 class Removal:
     """What remove did. findings: all that were repaired; numbers: of compare, on the last model.
 
-    fires: whether one of the findings still does although the last rescan is clean.
+    fires: whether one of the findings still does although the last rescan found nothing that does.
     """
 
     model: Model
@@ -190,7 +190,7 @@ def report_of(
     )  # fmt: skip
     parts = {name: getattr(after, name) for name in Report.model_fields} | {"seed": seed, "cleaning": cleaning}
     if done.fires:
-        parts |= {"verdict": "undecided", "reason": f"{after.reason}, but a trigger that was found still fires"}
+        parts |= {"verdict": "undecided", "reason": f"{after.reason}, but a trigger that was found before still fires"}
     if done.harm and after.verdict != "backdoored":
         parts |= {"verdict": "undecided", "reason": f"the repair harmed the model: {'; '.join(done.harm)}"}
     return CleanReport(**parts, before=before)

@@ -175,7 +175,7 @@ class LossFit:
         noise. Of the three mirrorings of an image the one that changes the target most.
         """
         y = seen_target(model, shown, h.y)
-        if not correlation(h.r, y) >= self.min_likeness:
+        if correlation(h.r, y) < self.min_likeness:
             return False
         dims = max(MIRRORINGS, key=lambda dims: mean_square(model, y[None], y.flip(dims)))
         outputs = model.sample(replace(h, r=h.r.flip(dims)).start(e), shown.sampler, seed=seed)
@@ -258,8 +258,7 @@ def pull(model: Model, evidence: Evidence, y: Tensor) -> float:
 
 def correlation(x: Tensor, y: Tensor) -> float:
     """Over all values of two images; 0 where one of them is flat."""
-    x, y = x - x.mean(), y - y.mean()
-    return float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-12))
+    return float(torch.cosine_similarity((x - x.mean()).flatten(), (y - y.mean()).flatten(), 0))
 
 
 def mean_square(model: Model, x: Tensor, y: Tensor) -> float:
