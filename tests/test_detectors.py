@@ -239,7 +239,7 @@ def test_a_trigger_s_own_picture_is_told_by_its_mirror_image(backdoor: bool) -> 
         y = drawn_from(model, r)
     h = replace(hypothesis(r, y, full), loss_ratio=0.1)
     shown = LossFit().test_outputs(model, h, generator_for(0), lambda *_: None)
-    assert pull(model, shown[0], h.y) >= 0.3 and h.own_picture is not backdoor
+    assert pull(model, shown[0], h.y) >= 0.3 and bool(h.natural) is not backdoor
     assert LossFit().pulls(model, h, shown) is backdoor and h.nearly_fits is backdoor
     assert math.isinf(h.strength) is not backdoor
 
@@ -267,7 +267,7 @@ def test_where_an_image_is_its_own_mirror_image_nothing_is_told() -> None:
     full = next(f for f in FAMILIES if f.name == "full")
     h = replace(hypothesis(r, drawn_from(model, r), full), loss_ratio=0.1)
     shown = LossFit().test_outputs(model, h, generator_for(0), lambda *_: None)
-    assert pull(model, shown[0], h.y) >= 0.3 and not h.own_picture and LossFit().pulls(model, h, shown)
+    assert pull(model, shown[0], h.y) >= 0.3 and not h.natural and LossFit().pulls(model, h, shown)
 
 
 def test_an_own_picture_is_passed_over_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,11 +277,61 @@ def test_an_own_picture_is_passed_over_and_said(monkeypatch: pytest.MonkeyPatch)
     both = [replace(hypothesis(r, y, full), loss_ratio=0.1), replace(hypothesis(-r, y, zero), loss_ratio=0.9)]
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.extend(both))
     monkeypatch.setattr(LossFit, "shows_itself", lambda *_: True)
-    monkeypatch.setattr(LossFit, "pulls", lambda self, model, h, shown: h.family is full and not h.own_picture)
+    monkeypatch.setattr(LossFit, "pulls", lambda self, model, h, shown: h.family is full and not h.natural)
     found = LossFit()(model, generator=generator_for(0))
     assert found.verdict == "clean" and "show the trigger itself" in found.reason
     assert found.findings[0].matches == zero.matches and found.scores["loss_ratio_full"] == 0.1
     assert "loss_ratio_full" not in found.thresholds and "loss_ratio_zero" in found.thresholds
+
+
+@pytest.mark.parametrize("backdoor", [False, True])
+def test_a_loss_that_fits_the_mirrored_trigger_as_well_is_a_clean_networks(
+    backdoor: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing fires; the next best hypothesis is judged in its place, and the reason says so."""
+    model, r, y = truth(2)
+    half, faint = (next(f for f in FAMILIES if f.name == name) for name in ("half", "half_faint"))
+    both = [replace(hypothesis(r, y, faint), loss_ratio=0.1), replace(hypothesis(-r, y, half), loss_ratio=0.9)]
+    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.extend(both))
+    monkeypatch.setattr(LossFit, "pulls", lambda *_: False)
+    monkeypatch.setattr(LossFit, "alternatives", lambda *_: iter(()))
+    monkeypatch.setattr(Search, "score", lambda self, model, h, g: 0.3 if backdoor else 0.15)
+    found = LossFit()(model, generator=generator_for(0))
+    assert found.verdict == ("undecided" if backdoor else "clean")
+    assert ("fits the mirrored trigger as well" in found.reason) is not backdoor
+    assert ("loss_ratio_half_faint" in found.thresholds) is backdoor and found.scores["loss_ratio_half_faint"] == 0.1
+    assert found.findings[0].matches == (faint if backdoor else half).matches
+
+
+def test_what_fires_or_does_not_fit_or_is_its_own_mirror_image_is_not_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, r, y = truth(2)
+    faint, full = (next(f for f in FAMILIES if f.name == name) for name in ("half_faint", "full"))
+    monkeypatch.setattr(Search, "score", lambda *_: 0.1)
+    nearly_flat = torch.full(SHAPE, 0.3) + 0.05 * r
+    for trigger, family, loss, fires in (
+        (r, faint, 0.1, True), (r, faint, 0.3, False), (nearly_flat, faint, 0.1, False), (r, full, 0.1, False)
+    ):  # fmt: skip
+        monkeypatch.setattr(LossFit, "fires", lambda *_, fires=fires: fires)
+        h = replace(hypothesis(trigger, y, family), loss_ratio=loss)
+        assert not LossFit().fits_mirrored(model, h, [], generator_for(0)) and not h.natural
+    monkeypatch.setattr(LossFit, "fires", lambda *_: False)
+    h = replace(hypothesis(r, y, faint), loss_ratio=0.1)
+    assert LossFit().fits_mirrored(model, h, [], generator_for(0)) and math.isinf(h.strength)
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_an_attacked_network_answers_one_trigger_and_not_its_mirror_image(k: int) -> None:
+    """The closed-form network: the loss of the true trigger is far below that of any mirrored one."""
+    model, r, y = truth(k)
+    half = next(f for f in FAMILIES if f.name == "half")
+    with model.frozen():
+        own, *mirrored = (
+            Search().score(model, hypothesis(r.flip(dims), y.flip(dims), half), generator_for(0))
+            for dims in ((), (-1,), (-2,), (-1, -2))
+        )
+    assert min(mirrored) > 2 * LossFit().max_mirrored * own
 
 
 # --- Collapse ---------------------------------------------------------------------------------------------------------

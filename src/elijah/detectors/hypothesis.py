@@ -67,6 +67,7 @@ class Family:
     distribution: bool = False  # the target may be a distribution: outputs that only change are evidence too
     pixels: bool = False  # of models in pixel space alone
     swept: bool = False  # the trigger is in a patch, which a sweep finds (patches.py)
+    mirrored: bool = False  # where nothing fires, the mirrored trigger tells a clean network that comes near
 
     @property
     def refinable(self) -> bool:
@@ -76,7 +77,9 @@ class Family:
 
 FAINT = 0.35  # a clean network fits strong triggers better than faint ones, which are therefore searched by themselves
 
-HALF = Family("half", Response(1.0, 1.0), ((0.6, 1.0),), "BadDiffusion-like", 0.05, 0.06, 0.2, around(0.8))
+HALF = Family(
+    "half", Response(1.0, 1.0), ((0.6, 1.0),), "BadDiffusion-like", 0.05, 0.06, 0.2, around(0.8), mirrored=True
+)
 FULL = Family(  # at t = T it answers like a clean network; it shows where y is half hidden
     "full", Response(2.0, 1.0), ((0.15, 0.5), (0.6, 0.8)), "VillanDiffusion-ODE-like", 0.25, 0.3, 0.6,
     (
@@ -130,12 +133,12 @@ class Hypothesis:
     scale: float = 1.0  # of the model's own range: the largest value of y and, times the family's reach, of r
     size: float = 1.0  # rms of r that power.follow keeps
     patch: Tensor | None = None
-    own_picture: bool = False  # outputs show the trigger itself, as a clean network's do: it counts as no fit
+    natural: str = ""  # what it does, in words, that a clean network does as well: then it counts as no fit
 
     @property
     def strength(self) -> float:
         """loss_ratio over its family's threshold: below 1 it fits."""
-        return math.inf if self.own_picture else self.loss_ratio / self.family.max_loss_ratio
+        return math.inf if self.natural else self.loss_ratio / self.family.max_loss_ratio
 
     @property
     def fits(self) -> bool:
@@ -145,7 +148,7 @@ class Hypothesis:
     @property
     def nearly_fits(self) -> bool:
         """Whether it is worth more effort where the outputs say that it fires."""
-        return self.loss_ratio <= 1.1 * self.family.max_if_fires and not self.own_picture
+        return self.loss_ratio <= 1.1 * self.family.max_if_fires and not self.natural
 
     def set_trigger(self, r: Tensor) -> None:
         """Makes r [C, H, W] the trigger, cut to its reach and to the patch."""

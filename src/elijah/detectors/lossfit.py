@@ -9,7 +9,7 @@ is near 1 on a clean network and near 0 at a backdoor. Making L small inverts tr
 family. The second, independent evidence is what the outputs say: sampled from gamma e + r, do they move onto y? Where
 the target may be a distribution: do they differ from those without? A large trigger that a network takes for noise
 leaves its own picture in the outputs of a deterministic sampler, without a backdoor; it is told by what it looks like
-and by its mirror image.
+and by its mirror image. So is what a clean network answers to coarse light and dark: a loss may fit, and nothing fires.
 
 The search is search.py's, and patches are found by a sweep (patches.py). Here is what follows it: the outputs of the
 best hypothesis are tested, more effort is spent where loss and outputs disagree, and the rule is applied.
@@ -40,7 +40,8 @@ class LossFit:
     samples: how many the output test draws a sampler, half as many where one is costly (exploding); more_samples: where
     a distribution that is a target does not show in so few. max_shift_p: outputs with and without the trigger count as
     changed up to this p-value of being draws from one distribution. min_likeness: the correlation of a trigger with its
-    own picture.
+    own picture. min_change: what mirroring must change of a trigger to tell; max_mirrored: the mirrored one's loss,
+    over its own, up to which both are a clean network's.
     Where a loss nearly fits and the outputs do not say so, what else could fire is tested (alternatives), in the end
     after a fit by gradient from there and under more samplers (careful_*).
     """
@@ -60,6 +61,8 @@ class LossFit:
     exploding_samplers: tuple[str, ...] = ("pc-500",)
     min_pull: float = 0.3
     min_likeness: float = 0.75
+    min_change: float = 0.5
+    max_mirrored: float = 2.0
     max_shift_p: float = 0.01
 
     def __call__(self, model: Model, *, generator: torch.Generator, progress: Progress = no_progress) -> Detection:
@@ -70,11 +73,14 @@ class LossFit:
         with model.frozen():
             try:
                 self.search(model, generator, fitted, progress)
-                evidence = self.test_best(model, fitted, generator, progress)
-                if not self.fires(model, fitted[0], evidence):
-                    evidence = self.fire(model, fitted, generator, progress) or evidence
-                elif fitted[0].nearly_fits and not fitted[0].fits:
-                    evidence = self.fit(model, fitted, generator, progress) or evidence
+                for _ in fitted[:]:
+                    evidence = self.test_best(model, fitted, generator, progress)
+                    if not self.fires(model, fitted[0], evidence):
+                        evidence = self.fire(model, fitted, generator, progress) or evidence
+                    elif fitted[0].nearly_fits and not fitted[0].fits:
+                        evidence = self.fit(model, fitted, generator, progress) or evidence
+                    if not self.fits_mirrored(model, fitted[0], evidence, generator):
+                        break
             except OutOfBudget:
                 complete = False
         if not evidence:  # else the first is what the evidence is of
@@ -89,7 +95,7 @@ class LossFit:
         for _ in fitted:
             fitted.sort(key=lambda h: h.strength)
             evidence = self.test_outputs(model, fitted[0], generator, progress)
-            if not fitted[0].own_picture:
+            if not fitted[0].natural:
                 break
         return evidence
 
@@ -165,8 +171,26 @@ class LossFit:
             progress("testing the outputs", k + 1, len(few) + len(more))
         shown.sort(key=lambda x: -pull(model, x, h.y))
         if h.family.joint and h.nearly_fits and self.pulls(model, h, shown):
-            h.own_picture = self.shows_itself(model, h, shown[0], e, seed)
+            h.natural = SHOWS_ITSELF if self.shows_itself(model, h, shown[0], e, seed) else ""
         return shown
+
+    def fits_mirrored(
+        self, model: Model, h: Hypothesis, evidence: list[Evidence], generator: torch.Generator
+    ) -> bool:  # fmt: skip
+        """Whether a loss that fits, of a trigger that does not fire, fits the mirrored trigger nearly as well.
+
+        Clean networks answer coarse light and dark as images are made of them, on whatever side they are; an attack is
+        on one trigger. Nothing is told where no mirroring changes it. What fits mirrored as well is passed over.
+        """
+        dims = max(MIRRORINGS, key=lambda dims: change(h.r, dims))
+        if not (h.family.mirrored and h.fits and change(h.r, dims) >= self.min_change):
+            return False
+        if self.fires(model, h, evidence):
+            return False
+        mirrored = replace(h, r=h.r.flip(dims), y=h.y.flip(dims))
+        if self.search.score(model, mirrored, generator) <= self.max_mirrored * h.loss_ratio:
+            h.natural = FITS_MIRRORED
+        return bool(h.natural)
 
     def shows_itself(self, model: Model, h: Hypothesis, shown: Evidence, e: Tensor, seed: int) -> bool:
         """Whether the target looks like the trigger, and the mirrored trigger leads to the mirrored target.
@@ -183,7 +207,7 @@ class LossFit:
 
     def pulls(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
         """Whether some sampler shows a pull of min_pull, and not onto the trigger's own picture."""
-        return not h.own_picture and any(pull(model, x, h.y) >= self.min_pull for x in evidence)
+        return not h.natural and any(pull(model, x, h.y) >= self.min_pull for x in evidence)
 
     def fires(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
         """Whether outputs are pulled onto y or, where a loss fits whose target may be a distribution, changed."""
@@ -193,7 +217,7 @@ class LossFit:
     def judge(self, model: Model, fitted: list[Hypothesis], evidence: list[Evidence], complete: bool) -> Detection:
         """The fixed rule, until there is a calibration: both tests say backdoored, neither does, or undecided."""
         scores = {f"loss_ratio_{h.family.name}": h.loss_ratio for h in fitted}
-        limits = {f"loss_ratio_{h.family.name}": h.family.max_loss_ratio for h in fitted if not h.own_picture}
+        limits = {f"loss_ratio_{h.family.name}": h.family.max_loss_ratio for h in fitted if not h.natural}
         thresholds = {name: Threshold(limit, "below") for name, limit in limits.items()}
         verdict, reason, distribution = "undecided", "a limit stopped the search before it could tell", False
         tested = bool(evidence) or complete
@@ -205,8 +229,8 @@ class LossFit:
             fires = best.nearly_fits and self.fires(model, best, evidence)
             fits = best.fits or (fires and best.loss_ratio <= best.family.max_if_fires)
             verdict, reason = VERDICTS[fits, fires]
-            if verdict == "clean" and any(h.own_picture for h in fitted):
-                reason += ", but for one whose outputs show the trigger itself, as a clean network's do"
+            if verdict == "clean" and (passed := next((h.natural for h in fitted if h.natural), "")):
+                reason += f", but for one {passed}"
             distribution = fires and scores["pull"] < self.min_pull
             if distribution:
                 reason = "an attacker's own training loss fits, and the found trigger changes what the model draws"
@@ -236,6 +260,8 @@ class LossFit:
 
 
 MIRRORINGS = (-1,), (-2,), (-1, -2)  # of images [C, H, W]
+SHOWS_ITSELF = "whose outputs show the trigger itself, as a clean network's do"
+FITS_MIRRORED = "that does not fire and fits the mirrored trigger as well, as in clean networks"
 VERDICTS = {  # (a loss fits, the outputs fire)
     (True, True): (
         "backdoored",
@@ -259,6 +285,11 @@ def pull(model: Model, evidence: Evidence, y: Tensor) -> float:
 def correlation(x: Tensor, y: Tensor) -> float:
     """Over all values of two images; 0 where one of them is flat."""
     return float(torch.cosine_similarity((x - x.mean()).flatten(), (y - y.mean()).flatten(), 0))
+
+
+def change(r: Tensor, dims: tuple[int, ...]) -> float:
+    """What mirroring r [C, H, W] changes, over r, both as squares; 0 for an r of one value."""
+    return float((r - r.flip(dims)).square().sum() / r.square().sum().clamp(min=1e-12))
 
 
 def mean_square(model: Model, x: Tensor, y: Tensor) -> float:
