@@ -352,6 +352,25 @@ def test_collapse_finds_a_faint_trigger_that_looks_like_noise_and_nothing_in_cle
     assert clean.verdict != "backdoored" and clean.scores["loss_ratio_collapsed"] > found.scores["loss_ratio_collapsed"]
 
 
+@pytest.mark.parametrize(("distances", "walked"), [((0.01,), 1), ((0.05, 0.03, 0.015), 3), ((0.05, 0.04, 0.03), 3)])
+def test_other_starts_are_walked_from_while_none_collapses(
+    distances: tuple[float, ...], walked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nearest of all tries is refined."""
+    left = iter(distances)
+    seen: list[float] = []
+
+    def descended(self: Descent, model: Model, *_: Any) -> list[tuple[float, Hypothesis]]:
+        seen.append(next(left))
+        return [(seen[-1], self.hypothesis(torch.full(SHAPE, seen[-1]), torch.zeros(SHAPE)))]
+
+    monkeypatch.setattr(Descent, "descended", descended)
+    monkeypatch.setattr(Search, "refined", lambda self, model, h, g: h)
+    fitted: list[Hypothesis] = []
+    Descent(walks=(Walk(1, 0, 1, 2),), kept=1)(oracle(SHAPE), generator_for(0), fitted, lambda *_: None)
+    assert len(seen) == walked and float(fitted[0].r.mean()) == pytest.approx(min(distances))
+
+
 def test_a_centred_trigger_has_no_mean_in_any_quarter() -> None:
     r = centred(torch.randn(2, 3, 8, 8, generator=generator_for(0)))
     quarters = r.unflatten(3, (2, 4)).unflatten(2, (2, 4))
