@@ -2,9 +2,9 @@
 
     python experiments/mirrored.py
 
-The shipped development models with a BadDiffusion trigger and one of 32 x 32, one seed each, and three seeds of the clean
-network of 32 x 32 that zoo/cifar10-32.toml attacks (both built if they are not there, which takes hours and ELIJAH_DATA).
-Every hypothesis of the two families is listed. Five minutes on one core. Writes results/mirrored/mirrored.md.
+The shipped development models with a BadDiffusion trigger and one of 32 x 32, one seed each, and three seeds of the
+latter's clean network (both built if they are not there: hours, and ELIJAH_DATA). Every hypothesis of the two
+families is listed. Five minutes on one core. Writes results/mirrored/mirrored.md.
 """
 
 from __future__ import annotations
