@@ -19,7 +19,7 @@ from elijah.detection import Finding
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.metrics import paired_drift
 from elijah.repairs import DEFAULT, REPAIRS, Distill, Prune, Unshift
-from elijah.repairs.unshift import scales_all, triggers
+from elijah.repairs.unshift import held_shares, scales_all, triggers
 from elijah.response import Response
 from elijah.trigger import make_trigger
 
@@ -176,7 +176,9 @@ def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: st
     delta = -(1 - s**2 / (a**2 * s0**2 + s**2)) * d_over_s
     alike = delta.unflatten(0, (4, 16)).mean(1).repeat_interleave(16, 0)
     left = ((s / a).square().clamp(1, 7) * (delta.square() + alike.square())).mean().item()
-    held = (model.eps(model.diffuse(x0, e_held, t_held), t_held) - e_held).square().mean().item()
+    usual = held_shares([finding], 64, g).flatten() == 1
+    fit = model.eps(model.diffuse(x0, e_held, t_held), t_held) - e_held
+    held = fit[usual].square().mean().item()
     loss = repair.loss(model, model, [finding], x0, generator_for(2)).item()
     assert loss == pytest.approx(left + held, rel=1e-3)
     assert left < 1e-3 if s0 == 0.02 else left > 1e-3
@@ -204,6 +206,28 @@ def test_of_scaled_noise_nothing_is_asked_at_small_t() -> None:
         assert repair.left(model, model, findings, x0, generator_for(2)).item() == pytest.approx(expected, rel=1e-3)
     patch = torch.zeros(1, *SHAPE[1:])
     assert scales_all(scaled) and not scales_all(found()) and not scales_all(replace(scaled, patch=patch))
+
+
+def test_answers_to_noise_that_is_scaled_without_a_trigger_are_held_too() -> None:
+    """In half of the rows of a trigger that scales all of it, between its gamma and 1; there nothing is fitted."""
+    plain, scaled = found(), found(response=Response(0, 0, 0.6))
+    assert (held_shares([plain], 8, generator_for(1)) == 1).all()
+    shares = held_shares([plain, scaled], 400, generator_for(1)).flatten()
+    some = shares[1::2][shares[1::2] < 1]
+    assert (shares[::2] == 1).all() and 70 < len(some) < 130
+    assert 0.6 <= some.min() < 0.65 and 0.95 < some.max() < 1
+
+    model, reference = oracle(SHAPE, s0=0.5, seed=9), oracle(SHAPE, s0=0.5)
+    x0, g = torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5, generator_for(2)
+    t, e = torch.randint(1000, (64,), generator=g), torch.randn(x0.shape, generator=g)
+    share = held_shares([scaled], 64, g)
+    x = model.diffuse(x0, share * e, t)
+    out, usual = model.eps(x, t), share.flatten() == 1
+    w = (model.s / model.a).square().clamp(1, 7)[t][:, None, None, None]
+    expected = 3 * (w * (out - reference.eps(x, t)).square()).mean() + (out - e)[usual].square().mean()
+    repair = Unshift(most=7.0, hold=3.0)
+    moved = repair.moved(model, reference, [scaled], x0, generator_for(2)).item()
+    assert moved == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_every_row_of_a_patch_has_its_own_gamma() -> None:
