@@ -61,7 +61,7 @@ class Unshift:
     lr: float | None = None
     warmup: int = 5
     t_min: float = 0.2
-    scaled_t_min: float = 0.5
+    scaled_t_min: float = 0.3
     carried_share: float = 0.5
     target_share: float = 0.3
     target_t_min: float = 0.7
