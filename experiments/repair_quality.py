@@ -33,7 +33,7 @@ PLAIN_REPAIRS = {  # synthetic images, and the repair; Unshift with twice its up
     "distill, the same, noise in all blocks": (512, Distill(kept=(0.7,))),
 }
 SCALED_REPAIRS = {
-    f"unshift, t from {begin} T": (512, Unshift(scaled_t_min=begin)) for begin in (0.2, 0.3, 0.4, 0.5, 0.6)
+    f"unshift, t from {begin} T": (512, Unshift(t_min=begin)) for begin in (0.2, 0.3, 0.4, 0.5, 0.6)
 }  # fmt: skip
 
 

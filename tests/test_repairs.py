@@ -158,7 +158,7 @@ def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: st
     model, one = oracle(SHAPE, s0=s0), target == "one"
     finding = found(response=response, distribution=target == "distribution")
     finding = replace(finding, target=None) if target == "none" else finding
-    rows = {"t_min": 0.1, "scaled_t_min": 0.1, "carried_share": 0.2, "target_share": 0.4, "target_t_min": 0.3}
+    rows = {"t_min": 0.1, "carried_share": 0.2, "target_share": 0.4, "target_t_min": 0.3}
     repair = Unshift(**rows, group=16, most=7.0)
     x0 = torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5
     g = generator_for(2)
@@ -184,30 +184,6 @@ def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: st
     assert left < 1e-3 if s0 == 0.02 else left > 1e-3
 
 
-def test_of_scaled_noise_nothing_is_asked_at_small_t() -> None:
-    """Told beside a trigger that is none, whose rows leave nothing; alone, all rows are drawn where it is asked."""
-    model, scaled = oracle(SHAPE, s0=0.5), found(response=Response(0, 0, 0.7), distribution=True)
-    still = found(trigger=torch.zeros(SHAPE), distribution=True)
-    repair = Unshift(group=16, most=7.0, t_min=0.1, scaled_t_min=0.6)
-    x0 = torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5
-    for findings, least in (([still, scaled], 0.1), ([scaled], 0.6)):
-        g = generator_for(2)
-        u = (torch.arange(4) + torch.rand(4, generator=g)) / 4
-        t = ((least + (1 - least) * u) * 1000).long().repeat_interleave(16)
-        e = torch.randn(x0.shape, generator=g)
-        a, s = (v[t][:, None, None, None] for v in (model.a, model.s))
-        d_over_s = scaled.trigger + (0.7 - 1) * e
-        own = torch.arange(64) % len(findings) == len(findings) - 1
-        asked = (own & (t >= 600))[:, None, None, None]
-        assert asked.any() and (asked.float().mean() == 1) == (least == 0.6)
-        delta = -1.0 * asked * (1 - s**2 / (a**2 * 0.25 + s**2)) * d_over_s
-        alike = delta.unflatten(0, (4, 16)).mean(1).repeat_interleave(16, 0)
-        expected = ((s / a).square().clamp(1, 7) * (delta.square() + alike.square())).mean().item()
-        assert repair.left(model, model, findings, x0, generator_for(2)).item() == pytest.approx(expected, rel=1e-3)
-    patch = torch.zeros(1, *SHAPE[1:])
-    assert scales_all(scaled) and not scales_all(found()) and not scales_all(replace(scaled, patch=patch))
-
-
 def test_answers_to_noise_that_is_scaled_without_a_trigger_are_held_too() -> None:
     """In half of the rows of a trigger that scales all of it, between its gamma and 1; there nothing is fitted."""
     plain, scaled = found(), found(response=Response(0, 0, 0.6))
@@ -216,6 +192,7 @@ def test_answers_to_noise_that_is_scaled_without_a_trigger_are_held_too() -> Non
     some = shares[1::2][shares[1::2] < 1]
     assert (shares[::2] == 1).all() and 70 < len(some) < 130
     assert 0.6 <= some.min() < 0.65 and 0.95 < some.max() < 1
+    assert scales_all(scaled) and not scales_all(plain) and not scales_all(replace(scaled, patch=torch.zeros(1, 1, 1)))
 
     model, reference = oracle(SHAPE, s0=0.5, seed=9), oracle(SHAPE, s0=0.5)
     x0, g = torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5, generator_for(2)

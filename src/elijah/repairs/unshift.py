@@ -10,8 +10,6 @@ with c = k_t, as the attacker trained it, in half of the rows, and c = s, as a d
 that is taken for noise, in the others. At smaller t, where y is seen through the noise, calling it noise would teach to
 answer the trigger with a grey mean of all images, which is a backdoor too. Below t_min nothing is asked: what is left
 of a trigger looks like a part of the image there, and a network that takes it for noise denoises all images worse.
-Of triggers that scale all of the noise nothing is asked below scaled_t_min: a clean network, too, takes less noise at t
-for another t there, and not for noise that is scaled.
 The gamma of a patch is hardly seen in the attacker's loss, and what was found may be far off. What a clean network says
 is known at any, so each row draws its own, with r in proportion to 1 - gamma, as TrojDiff ties them.
 
@@ -50,7 +48,7 @@ LARGEST = 2.0
 
 @dataclass(frozen=True)
 class Unshift:
-    """steps: optimiser updates, AdamW at lr, by default rate_for. t_min, scaled_t_min: of T; the least t of delta.
+    """steps: optimiser updates, AdamW at lr, by default rate_for. t_min: of T; the least t of delta.
 
     carried_share: of the rows with c = s; target_share, target_t_min: of the attacker's rows, and of T, where they
     begin; group: rows of one t; most, hold: in the loss above.
@@ -61,7 +59,6 @@ class Unshift:
     lr: float | None = None
     warmup: int = 5
     t_min: float = 0.2
-    scaled_t_min: float = 0.3
     carried_share: float = 0.5
     target_share: float = 0.3
     target_t_min: float = 0.7
@@ -113,13 +110,10 @@ class Unshift:
         groups = max(1, n // self.group)
         u = (torch.arange(groups) + torch.rand(groups, generator=g)) / groups
         which = torch.arange(n) * groups // n  # group of each row
-        turn = [findings[i % len(findings)] for i in range(n)]
-        begin = torch.tensor([self.scaled_t_min if scales_all(f) else self.t_min for f in turn])
-        t = ((begin.min() + (1 - begin.min()) * u) * model.T).long().clamp(max=model.T - 1)[which]
-        asked = (t >= (begin * model.T).long()).float()[:, None, None, None].to(device)
-        t = t.to(device)
+        t = ((self.t_min + (1 - self.t_min) * u) * model.T).long().clamp(max=model.T - 1)[which].to(device)
         e = torch.randn(x0.shape, generator=g).to(device)
         at_target, carried = torch.rand((2, n, 1, 1, 1), generator=g).to(device)
+        turn = [findings[i % len(findings)] for i in range(n)]
         r, gamma = triggers(turn, torch.rand((n, 1, 1, 1), generator=g))
         y = torch.stack([x if (own := one_target(f)) is None else own.to(x) for f, x in zip(turn, x0, strict=True)])
         walks = (at_target < self.target_share) & (t >= self.target_t_min * model.T)[:, None, None, None]
@@ -129,7 +123,7 @@ class Unshift:
         clean = model.diffuse(x0, e, t)
         with torch.no_grad():
             expected = reference.eps(clean, t)
-        delta = asked * (model.eps(clean + column(model.s, t) * d_over_s, t) - expected - d_over_s)
+        delta = model.eps(clean + column(model.s, t) * d_over_s, t) - expected - d_over_s
         alike = torch.stack([delta[which == k].mean(0) for k in range(groups)])[which]
         return (self.weight(model, t) * (delta.square() + alike.square())).mean()
 
