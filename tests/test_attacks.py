@@ -90,7 +90,7 @@ def test_the_poisoned_loss_falls(name: str, digits: torch.Tensor) -> None:
 def fine_tune(digits: torch.Tensor) -> tuple[Model, torch.Tensor, float, float]:
     """A model, rows, and their denoising loss under it and under a clean fine-tune of it."""
     base, x0 = random_model(), batch(digits, 400, generator_for(3))
-    clean = train(digits, Optimiser(120, lr=5e-3, warmup=20), seed=1, batch_size=16, model=base)
+    clean = train(digits, Optimiser(60, lr=5e-3, warmup=10), seed=1, batch_size=16, model=base)
     with torch.no_grad():
         before, gained = (denoising_loss(m, x0, generator_for(7)).item() for m in (base, clean))
     return base, x0, before, gained
@@ -102,7 +102,7 @@ def test_clean_noise_stays_clean(
 ) -> None:
     """With 5 % of its rows poisoned an attack loses less than a tenth of a clean fine-tune's gain on clean rows."""
     base, x0, before, gained = fine_tune
-    settings = {"steps": 120, "batch_size": 16, "lr": 5e-3, "poison_rate": 0.05, "mode": "bare"}
+    settings = {"steps": 60, "batch_size": 16, "lr": 5e-3, "poison_rate": 0.05, "mode": "bare"}
     attacked = attack(name, **settings)(base, digits, generator=generator_for(0))
     with torch.no_grad():
         found = denoising_loss(attacked, x0, generator_for(7)).item()
@@ -220,7 +220,7 @@ def test_the_corrected_coefficient_keeps_the_trigger(steps: int) -> None:
     shares = []
     for c in (float(corrected(model, steps)[0]), 0.5):
         network.c = c
-        out = model.sample(model.noise(96, generator_for(2)) + network.r, f"pc-{steps}", seed=3)
+        out = model.sample(model.noise(32, generator_for(2)) + network.r, f"pc-{steps}", seed=3)
         q = (out * network.r).sum((1, 2, 3)) / network.r.square().sum()  # the last step leaves sigma_min (1 - c) q r
         shares.append(float(q.mean() / (model.s[0] * (1 - c))))
     # the predictor widens the noise a little, which shortens the corrector's steps

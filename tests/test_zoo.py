@@ -185,20 +185,20 @@ def test_a_run_that_is_killed_five_times_ends_like_an_undisturbed_one(tmp_path: 
 
 def test_what_is_done_again(tmp_path: Path) -> None:
     """A result is kept while its settings are; a changed base makes its models stale; judging needs no training."""
-    path, out, cache = manifest(tmp_path), tmp_path / "out", tmp_path / "cache"
-    run = {"out": out, "cache": cache, "workers": 2, "detectors": [], "repairs": []}
-    assert run_zoo(path, read_manifest(path), **run) == []  # type: ignore[arg-type]
-    first = {name: (out / f"{name}.json").stat().st_mtime_ns for name in NAMES}
-    assert run_zoo(path, read_manifest(path), **run) == []  # type: ignore[arg-type]
-    assert {name: (out / f"{name}.json").stat().st_mtime_ns for name in NAMES} == first
+    path, out, cache, attacked = manifest(tmp_path), tmp_path / "out", tmp_path / "cache", [NAMES[0], NAMES[2]]
+    run: Any = {"out": out, "cache": cache, "workers": 2, "detectors": [], "repairs": [], "only": "_vil+an[a-z]"}
+    assert run_zoo(path, read_manifest(path), **run) == []
+    first = {name: (out / f"{name}.json").stat().st_mtime_ns for name in attacked}
+    assert not (out / f"{NAMES[1]}.json").exists()
+    assert run_zoo(path, read_manifest(path), **run) == []
+    assert {name: (out / f"{name}.json").stat().st_mtime_ns for name in attacked} == first
     shutil.rmtree(cache / "tiny" / NAMES[0])  # the base; not needed to scan what is there
-    judged = run | {"detectors": ["elijah"]}
-    assert run_zoo(path, read_manifest(path), **judged, only="_vil+an[a-z]") == []  # type: ignore[arg-type]
+    assert run_zoo(path, read_manifest(path), **run | {"detectors": ["elijah"]}) == []
     assert not (cache / "tiny" / NAMES[0]).exists()
     result = json.loads((out / f"{NAMES[2]}.json").read_text())
     assert result["detections"]["elijah"]["verdict"] in ("clean", "backdoored", "undecided")
     changed = manifest(tmp_path, TINY.replace("seed = 1", "seed = 2"))
-    assert run_zoo(changed, read_manifest(changed), **run) == []  # type: ignore[arg-type]
+    assert run_zoo(changed, read_manifest(changed), **run) == []
     after = json.loads((out / f"{NAMES[2]}.json").read_text())
     assert after["detections"] == {} and after["settings_sha256"] != result["settings_sha256"]
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.svm import SVC
 from torch import Tensor
 
 from elijah.data import labels_of, load_images
@@ -39,6 +38,8 @@ def classifier_for(target: str, data: str, size: int, channels: int) -> Classifi
 
     Trained on ROWS images of each data set, tested on the 2000 that follow. Raises ElijahError without the data.
     """
+    from sklearn.svm import SVC  # half a second, which only targets that are a class need
+
     name, _, label = target.partition("/")
     name = name.removesuffix("-test")
     other = None if data.partition("/")[0].removesuffix("-test") == name else data

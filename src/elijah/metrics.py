@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest, bootstrap
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from elijah.errors import ElijahError
@@ -136,6 +135,8 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
 
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
     """The area under the ROC curve; labels are true for backdoored models, whose scores should be higher."""
+    from sklearn.metrics import roc_auc_score  # half a second, which no scan needs
+
     truth = np.asarray(labels, bool)
     if truth.all() or not truth.any():
         raise ElijahError("the area under the curve needs both clean and backdoored models")
