@@ -201,10 +201,11 @@ def test_answers_to_noise_that_is_scaled_without_a_trigger_are_held_too() -> Non
     x = model.diffuse(x0, share * e, t)
     out, usual = model.eps(x, t), share.flatten() == 1
     w = (model.s / model.a).square().clamp(1, 7)[t][:, None, None, None]
-    expected = 3 * (w * (out - reference.eps(x, t)).square()).mean() + (out - e)[usual].square().mean()
-    repair = Unshift(most=7.0, hold=3.0)
-    moved = repair.moved(model, reference, [scaled], x0, generator_for(2)).item()
-    assert moved == pytest.approx(expected.item(), rel=1e-5)
+    held, fit = (w * (out - reference.eps(x, t)).square()).mean().item(), (out - e)[usual].square().mean().item()
+    repair = Unshift(most=7.0, hold=3.0, grows=4.0, steps=10)
+    for model.updates, growth in (0, 1.0), (5, 2.0), (10, 4.0):
+        moved = repair.moved(model, reference, [scaled], x0, generator_for(2)).item()
+        assert moved == pytest.approx(3 * growth * held + fit, rel=1e-5)
 
 
 def test_every_row_of_a_patch_has_its_own_gamma() -> None:
@@ -319,7 +320,7 @@ def test_distill_is_unshift_from_other_weights(digits: torch.Tensor, monkeypatch
         return left(self, m, teacher, *more)
 
     monkeypatch.setattr(Distill, "left", taught)
-    repairs = (Unshift(**rows), Distill(kept=(1.0,), **rows), Distill(**rows))
+    repairs = (Unshift(grows=1.0, **rows), Distill(kept=(1.0,), **rows), Distill(**rows))
     ended = [weights(repair(model, [found()], digits, generator=generator_for(0))) for repair in repairs]
     assert all(torch.allclose(ended[0][name], ended[1][name], atol=1e-6) for name in ended[0])
     assert not all(torch.allclose(ended[0][name], ended[2][name], atol=1e-2) for name in ended[0])

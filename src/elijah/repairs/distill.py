@@ -32,6 +32,7 @@ class Distill(Unshift):
     """
 
     steps: int = 400
+    grows: float = 1.0
     kept: tuple[float, ...] = (1.0, 0.7, 0.1)
 
     def begin(self, model: Model, seed: int) -> Model:

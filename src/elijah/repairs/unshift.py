@@ -21,7 +21,8 @@ With eps0 a frozen copy of the input model,
 with w = min(max(s^2 / a^2, 1), most), w' the same at t': s delta / a is the error of the image. The mean over the
 rows of one t is what the trigger does to all outputs alike: at large t it is far smaller than the network's other
 errors, and it decides where a sampler's first steps go. What holds the clean answers needs the same weight: without
-it they move most at large t. Where a trigger scales all of the noise, noise alone that is scaled keeps its answers
+it they move most at large t. hold grows from the first update to the last: what it asks is without noise, and
+in the end, with the trigger gone, it takes back what that cost. Where a trigger scales all of the noise, noise alone that is scaled keeps its answers
 too, in half of its rows: a sampler's own steps leave a little more or less noise than t says. Of several findings the
 triggers take turns, row by row. Elijah's removal is |delta|^2 and the hold at t = T only, with its d / s missing.
 """
@@ -51,7 +52,7 @@ class Unshift:
     """steps: optimiser updates, AdamW at lr, by default rate_for. t_min: of T; the least t of delta.
 
     carried_share: of the rows with c = s; target_share, target_t_min: of the attacker's rows, and of T, where they
-    begin; group: rows of one t; most, hold: in the loss above.
+    begin; group: rows of one t; most, hold: in the loss above; grows: hold's factor by the last update.
     """
 
     steps: int = 100
@@ -65,6 +66,7 @@ class Unshift:
     group: int = 8
     most: float = 10.0
     hold: float = 10.0
+    grows: float = 5.0
 
     def __call__(
         self,
@@ -140,7 +142,8 @@ class Unshift:
             kept = reference.eps(x, t)
         out, usual = model.eps(x, t), (share == 1).float()
         fit = (usual * (out - e).square()).mean() / usual.mean().clamp(min=1 / len(x0))
-        return self.hold * (self.weight(model, t) * (out - kept).square()).mean() + fit
+        hold = self.hold * self.grows ** (model.updates / self.steps)
+        return hold * (self.weight(model, t) * (out - kept).square()).mean() + fit
 
     def weight(self, model: Model, t: Tensor) -> Tensor:
         """w at t [B], [B, 1, 1, 1]."""

@@ -1,0 +1,74 @@
+"""How hard to hold the clean answers in a repair: what it costs, and what is left of the attack, on two models of the
+development set.
+
+    ELIJAH_DATA=... python experiments/hold.py
+
+The models' weights are in zoo/weights; their bases' images are not. Writes results/repair_hold/hold.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from elijah.bench_repairs import diversity_of, drift_of, stock, success_of
+from elijah.diffusion import generator_for, no_progress
+from elijah.files import write_file
+from elijah.judging import target_judge
+from elijah.judging_repairs import SCAN, USUAL, Yardstick
+from elijah.manifest import read_manifest
+from elijah.repairs import Unshift
+from elijah.scan import inspect
+from elijah.synthetic import screened, synthesise
+from elijah.zoo import build, held_out, images_of, samplers_of
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = "d-cifar10_trojdiff_hello-kitty_cat_p03_s113", "d-mnist_trojdiff_hello-kitty_mnist-7_p05_s115"
+REPAIRS = {
+    "10": Unshift(grows=1.0), "30": Unshift(hold=30.0, grows=1.0), "100": Unshift(hold=100.0, grows=1.0),
+    "10, growing to 50": Unshift(),
+}  # fmt: skip
+WHICH = "", "_of_clean_outputs"
+HEAD = """\
+Success: of 32 outputs from true triggered noise, under the worst of the samplers, at an MSE of 0.01, or as a classifier
+says of a class. Diversity: of triggered outputs over clean ones, the value farthest from 1 under stock samplers. Drift:
+of clean outputs, over two samples' difference, the largest. Loss: of denoising unseen images, after over before.
+
+| model | hold | success, % | of clean outputs, % | diversity | drift | loss |
+|---|---|---|---|---|---|---|"""
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    lines = [HEAD]
+    for name in MODELS:
+        manifest = read_manifest(ROOT / "zoo" / "development.toml")
+        entry, bases = next(e for e in manifest.entries() if e.id == name), {base.id: base for base in manifest.base}
+        base = bases[entry.base]
+        model, attack = build(entry, bases, ROOT / "zoo" / "weights" / manifest.name, manifest.digests())
+        samplers = list(dict.fromkeys([*samplers_of(entry, model), *USUAL]))
+        rates = partial(target_judge, base=base)
+        yardstick = Yardstick(
+            attack, rates, samplers, 32, entry.seed, model, images_of(base), held_out(base), None
+        )  # fmt: skip
+        findings = inspect(model, SCAN, 0, no_progress)[0].findings[:1]
+        images = screened(model, synthesise(model, 512, 0), findings)
+        plain, loss = yardstick.plain(model), yardstick.outcome(model)["loss"]
+        for setting, repair in REPAIRS.items():
+            fixed = repair(model, findings, images, generator=generator_for(0, 11))
+            found = yardstick.outcome(fixed, plain)
+            seen = found["samplers"].values()
+            success, of_clean = (100 * max(success_of(x, which=which) for x in seen) for which in WHICH)
+            diversity = max((diversity_of(found, s) for s in stock(found)), key=lambda v: abs(v - 1))
+            numbers = f"{success:.0f} | {of_clean:.0f} | {diversity:.2f} | {drift_of(found):.3f}"
+            lines.append(f"| {name} | {setting} | {numbers} | {found['loss'] / loss:.3f} |")
+            print(lines[-1], flush=True)
+    write_file(ROOT / "results" / "repair_hold" / "hold.md", "\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
