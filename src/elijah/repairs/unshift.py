@@ -21,10 +21,9 @@ With eps0 a frozen copy of the input model,
 with w = min(max(s^2 / a^2, 1), most), w' the same at t': s delta / a is the error of the image. The mean over the
 rows of one t is what the trigger does to all outputs alike: at large t it is far smaller than the network's other
 errors, and it decides where a sampler's first steps go. What holds the clean answers needs the same weight: without
-it they move most at large t. hold grows from the first update to the last: what it asks is without noise, and
-in the end, with the trigger gone, it takes back what that cost. Where a trigger scales all of the noise, noise alone that is scaled keeps its answers
-too, in half of its rows: a sampler's own steps leave a little more or less noise than t says. Of several findings the
-triggers take turns, row by row. Elijah's removal is |delta|^2 and the hold at t = T only, with its d / s missing.
+it they move most at large t. hold grows from the first update to the last: what it asks is without noise, and in the
+end, with the trigger gone, it takes back what that cost. Of several findings the triggers take turns, row by row.
+Elijah's removal is |delta|^2 and the hold at t = T only, with its d / s missing.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ class Unshift:
         self, model: Model, reference: Model, findings: Sequence[Finding], x0: Tensor, g: torch.Generator
     ) -> Tensor:
         """The loss above on images x0 [B, C, H, W] in the model's own range; reference is the frozen eps0."""
-        return self.left(model, reference, findings, x0, g) + self.moved(model, reference, findings, x0, g)
+        return self.left(model, reference, findings, x0, g) + self.moved(model, reference, x0, g)
 
     def left(
         self, model: Model, reference: Model, findings: Sequence[Finding], x0: Tensor, g: torch.Generator
@@ -129,21 +128,16 @@ class Unshift:
         alike = torch.stack([delta[which == k].mean(0) for k in range(groups)])[which]
         return (self.weight(model, t) * (delta.square() + alike.square())).mean()
 
-    def moved(
-        self, model: Model, reference: Model, findings: Sequence[Finding], x0: Tensor, g: torch.Generator
-    ) -> Tensor:
+    def moved(self, model: Model, reference: Model, x0: Tensor, g: torch.Generator) -> Tensor:
         """What became of the clean answers: the loss's other terms."""
         x0 = x0.to(model.device)
         t = torch.randint(model.T, (len(x0),), generator=g).to(model.device)
         e = torch.randn(x0.shape, generator=g).to(model.device)
-        share = held_shares(findings, len(x0), g).to(model.device)
-        x = model.diffuse(x0, share * e, t)
+        x = model.diffuse(x0, e, t)
         with torch.no_grad():
             kept = reference.eps(x, t)
-        out, usual = model.eps(x, t), (share == 1).float()
-        fit = (usual * (out - e).square()).mean() / usual.mean().clamp(min=1 / len(x0))
-        hold = self.hold * self.grows ** (model.updates / self.steps)
-        return hold * (self.weight(model, t) * (out - kept).square()).mean() + fit
+        out, hold = model.eps(x, t), self.hold * self.grows ** (model.updates / self.steps)
+        return hold * (self.weight(model, t) * (out - kept).square()).mean() + (out - e).square().mean()
 
     def weight(self, model: Model, t: Tensor) -> Tensor:
         """w at t [B], [B, 1, 1, 1]."""
@@ -167,22 +161,6 @@ def scales(model: Model, findings: Sequence[Finding], t: Tensor) -> Tensor:
     psi = torch.tensor([f.response.psi for f in findings], device=t.device)
     k = psi * trigger_scale(model, 1.0)[t] + (1 - psi) * trigger_scale(model, 0.0)[t]
     return k[:, None, None, None]
-
-
-def held_shares(findings: Sequence[Finding], n: int, g: torch.Generator) -> Tensor:
-    """What is left of the noise of n clean rows, [n, 1, 1, 1]: all, but in half of those whose trigger scales all of it
-    between its gamma and 1."""
-    turn = [findings[i % len(findings)] for i in range(n)]
-    gamma = torch.tensor([f.response.gamma if scales_all(f) else 1.0 for f in turn])
-    if (gamma < 1).any():
-        some, u = torch.rand((2, n), generator=g)
-        gamma = torch.where(some < 0.5, gamma + (1 - gamma) * u, 1.0)
-    return gamma[:, None, None, None]
-
-
-def scales_all(finding: Finding) -> bool:
-    """Whether a trigger leaves a share of the noise everywhere, not in a patch alone."""
-    return finding.patch is None and finding.response.gamma < 1
 
 
 def one_target(finding: Finding) -> Tensor | None:
