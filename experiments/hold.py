@@ -66,7 +66,9 @@ def main() -> int:
             numbers = f"{success:.0f} | {of_clean:.0f} | {diversity:.2f} | {drift_of(found):.3f}"
             lines.append(f"| {name} | {setting} | {numbers} | {found['loss'] / loss:.3f} |")
             print(lines[-1], flush=True)
-    write_file(ROOT / "results" / "repair_hold" / "hold.md", "\n".join(lines) + "\n")
+    out = ROOT / "results" / "repair_hold"
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / "hold.md", "\n".join(lines) + "\n")
     return 0
 
 
