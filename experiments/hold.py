@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from elijah.bench_repairs import diversity_of, drift_of, stock, success_of
+from elijah.bench_repairs import drift_of, worst_cells
 from elijah.diffusion import generator_for, no_progress
 from elijah.files import write_file
 from elijah.judging import target_judge
@@ -31,7 +31,6 @@ REPAIRS = {
     "10": Unshift(grows=1.0), "30": Unshift(hold=30.0, grows=1.0), "100": Unshift(hold=100.0, grows=1.0),
     "10, growing to 50": Unshift(),
 }  # fmt: skip
-WHICH = "", "_of_clean_outputs"
 HEAD = """\
 Success: of 32 outputs from true triggered noise, under the worst of the samplers, at an MSE of 0.01, or as a classifier
 says of a class. Diversity: of triggered outputs over clean ones, the value farthest from 1 under stock samplers. Drift:
@@ -60,10 +59,8 @@ def main() -> int:
         for setting, repair in REPAIRS.items():
             fixed = repair(model, findings, images, generator=generator_for(0, 11))
             found = yardstick.outcome(fixed, plain)
-            seen = found["samplers"].values()
-            success, of_clean = (100 * max(success_of(x, which=which) for x in seen) for which in WHICH)
-            diversity = max((diversity_of(found, s) for s in stock(found)), key=lambda v: abs(v - 1))
-            numbers = f"{success:.0f} | {of_clean:.0f} | {diversity:.2f} | {drift_of(found):.3f}"
+            success, of_clean, diversity, _ = worst_cells(found)
+            numbers = f"{success.split(' / ')[0]} | {of_clean} | {diversity} | {drift_of(found):.3f}"
             lines.append(f"| {name} | {setting} | {numbers} | {found['loss'] / loss:.3f} |")
             print(lines[-1], flush=True)
     out = ROOT / "results" / "repair_hold"

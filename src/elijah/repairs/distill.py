@@ -29,6 +29,7 @@ class Distill(Unshift):
     """kept: by level of the U-Net, how alike the first update's weights are to the input model's, as a correlation.
 
     The last is that of all deeper levels. More updates than Unshift's, at a higher rate: the clean answers need them.
+    hold does not grow: what was measured of it is with 10 throughout.
     """
 
     steps: int = 400
