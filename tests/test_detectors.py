@@ -37,7 +37,7 @@ from elijah.detectors.hypothesis import (
 )
 from elijah.detectors.lossfit import VERDICTS, correlation, pull
 from elijah.detectors.power import SETTLING, follow, off_by, settle
-from elijah.detectors.search import Search, begin, best_of_each, promising
+from elijah.detectors.search import Search, begin, behind, best_of_each, hopeless, without
 from elijah.diffusion import Model, generator_for
 from elijah.response import Response, trigger_coefficient
 
@@ -581,8 +581,7 @@ def test_a_family_without_hope_is_given_up() -> None:
         replace(hypothesis(torch.ones(SHAPE), torch.zeros(SHAPE), family), loss_ratio=loss)
         for family, loss in ((half, 0.9), (half, 0.01), (faint, 0.8), (faint, 0.7))
     ]
-    going, given_up = promising(group)
-    assert going == group[:2] and given_up == group[3:]
+    assert hopeless(group) == group[3:] and hopeless(group, 2.0) == [] and without(group, group[3:]) == group[:2]
     model = oracle(SHAPE, s0=0.5)
     rounds = ((2, 4, 2),), ((2, 4, 2), (5, 8, 1))
     spent = []
@@ -592,6 +591,33 @@ def test_a_family_without_hope_is_given_up() -> None:
             Search(follow=follow_).followed(model, [replace(half, hopeless=0.0)], generator_for(0), lambda *_: None)
         spent.append(model.meter.evaluations)
     assert spent[0] == spent[1] == len(half.starts) * 2 * 4
+
+
+def test_half_a_round_is_enough_to_give_up_what_is_far_off() -> None:
+    """slack: a family a little beyond hope gets the other half of the first round, and is judged after it."""
+    model, half = oracle(SHAPE, s0=0.5), FAMILIES[0]
+    spent = []
+    for hope in (0.0, 0.7):
+        model.meter.evaluations = 0
+        with model.frozen():
+            search = Search(follow=((2, 4, 9), (2, 4, 9), (5, 8, 1)), slack=(1e9 if hope else 1.0, 0.0))
+            search.followed(model, [replace(half, hopeless=hope)], generator_for(0), lambda *_: None)
+        spent.append(model.meter.evaluations)
+    assert spent[0] == len(half.starts) * 2 * 4 < spent[1] <= 2 * spent[0]
+
+
+def test_families_far_behind_one_that_fits_are_given_up() -> None:
+    half, faint = FAMILIES[0], FAMILIES[1]
+    losses = {half: (0.9, 0.4), faint: (2.0, 3.0)}  # strengths: of the threshold
+    group = [
+        replace(hypothesis(torch.ones(SHAPE), torch.zeros(SHAPE), family), loss_ratio=strength * family.max_loss_ratio)
+        for family, strengths in losses.items()
+        for strength in strengths
+    ]
+    assert behind(group, 4.0) == [group[2]] and behind(group, 6.0) == []
+    group[1].loss_ratio = 1.2 * half.max_loss_ratio
+    group[0].loss_ratio = 1.2 * half.max_loss_ratio
+    assert behind(group, 1.5) == [] and behind([], 4.0) == []
 
 
 def test_a_family_beside_its_target_is_given_up_by_what_judges_it() -> None:
@@ -607,12 +633,18 @@ def test_a_family_beside_its_target_is_given_up_by_what_judges_it() -> None:
 
 
 def test_as_many_outputs_are_drawn_as_asked() -> None:
-    model, r, y = truth(2)
+    """Half of them where the trigger moves each."""
+    detector, (model, r, y) = LossFit(samples=4, samplers=("ddim-3", "ddpm-3")), truth(2)
     h = replace(hypothesis(r, y), loss_ratio=0.02)
-    detector = LossFit(samples=4, samplers=("ddim-3",))
     for asked, drawn in ((None, 4), (6, 6)):
         shown = detector.test_outputs(model, h, generator_for(0), lambda *_: None, samples=asked)
-        assert [len(x.samples_with) for x in shown] == [drawn]
+        assert pull(model, shown[0], y) == 1 and [len(x.samples_with) for x in shown] == [drawn // 2] * 2
+        clean = oracle(SHAPE)
+        shown = detector.test_outputs(clean, h, generator_for(0), lambda *_: None, samples=asked)
+        assert pull(clean, shown[0], y) < 1 and [len(x.samples_with) for x in shown] == [drawn] * 2
+        assert sorted(x.sampler for x in shown) == sorted(detector.samplers)
+        assert all(x.samples_without is not None and len(x.samples_without) == drawn for x in shown)
+        assert all(len(x.samples_with.unique(dim=0)) == drawn for x in shown)
 
 
 def test_a_family_that_fits_ends_the_search() -> None:

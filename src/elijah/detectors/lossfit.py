@@ -154,14 +154,31 @@ class LossFit:
     ) -> list[Evidence]:  # fmt: skip
         """Samples with the trigger and from the same e without, by sampler, the most telling first.
 
-        careful: with more steps too, if they do not fire with few. Where no loss comes near, a look will do.
+        careful: with more steps too, if they do not fire with few. Where no loss comes near, a look will do; half of
+        the samples, where the trigger moves each of them.
         """
         few = self.exploding_samplers if model.exploding else self.samplers
         few = few if h.nearly_fits else () if model.exploding else few[-1:]
         more = self.careful_samplers if careful and not model.exploding else ()
-        usual = self.samples if h.nearly_fits and not model.exploding else self.samples // 2
-        e = model.noise(samples or usual, generator)
-        seed = int(torch.randint(2**31, (1,), generator=generator))
+        in_halves = h.nearly_fits and not model.exploding
+        n = samples or (self.samples if in_halves else self.samples // 2)
+        shown: list[Evidence] = []
+        for part in (n // 2, n - n // 2) if in_halves else (n,):
+            e = model.noise(part, generator)
+            seed = int(torch.randint(2**31, (1,), generator=generator))
+            shown = both(shown, self.draw(model, h, e, seed, few, more, progress))
+            shown.sort(key=lambda x: -pull(model, x, h.y))
+            if shown and pull(model, shown[0], h.y) == 1:
+                break
+        if h.family.joint and h.nearly_fits and self.pulls(model, h, shown):
+            h.natural = SHOWS_ITSELF if self.shows_itself(model, h, shown[0], e, seed) else ""
+        return shown
+
+    def draw(
+        self, model: Model, h: Hypothesis, e: Tensor, seed: int, few: tuple[str, ...], more: tuple[str, ...],
+        progress: Progress,
+    ) -> list[Evidence]:  # fmt: skip
+        """Evidence from e [N, C, H, W] under the samplers few, and under more where those do not fire."""
         shown: list[Evidence] = []
         for k, sampler in enumerate((*few, *more)):
             if k >= len(few) and self.pulls(model, h, shown):
@@ -169,9 +186,6 @@ class LossFit:
             with_trigger, without = (model.sample(start, sampler, seed=seed) for start in (h.start(e), e))
             shown.append(Evidence(sampler, with_trigger, without))
             progress("testing the outputs", k + 1, len(few) + len(more))
-        shown.sort(key=lambda x: -pull(model, x, h.y))
-        if h.family.joint and h.nearly_fits and self.pulls(model, h, shown):
-            h.natural = SHOWS_ITSELF if self.shows_itself(model, h, shown[0], e, seed) else ""
         return shown
 
     def fits_mirrored(
@@ -280,6 +294,22 @@ def pull(model: Model, evidence: Evidence, y: Tensor) -> float:
     """The share of outputs that the trigger moves onto y: the share near y with it, less the share without."""
     with_trigger, without = near(model, evidence, y)
     return float(with_trigger.float().mean() - without.float().mean())
+
+
+def both(some: list[Evidence], others: list[Evidence]) -> list[Evidence]:
+    """The evidence of some, with that of others by the same sampler, and of the others' own samplers."""
+    by_sampler = {x.sampler: x for x in some}
+    for x in others:
+        own = by_sampler.get(x.sampler)
+        if own is None or own.samples_without is None or x.samples_without is None:
+            by_sampler[x.sampler] = x
+        else:
+            with_trigger, without = (
+                torch.cat(pair)
+                for pair in ((own.samples_with, x.samples_with), (own.samples_without, x.samples_without))
+            )
+            by_sampler[x.sampler] = Evidence(x.sampler, with_trigger, without)
+    return list(by_sampler.values())
 
 
 def correlation(x: Tensor, y: Tensor) -> float:

@@ -7,6 +7,7 @@ target, to both together. Forward passes only, but for what is neither given up 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,17 +39,22 @@ class Search:
     follow: rounds of the starts that follow the answer, (iterations, rows, how many of a family are kept). scales: of
     their triggers, that are tried at last, and finer_iterations from the best. enough: times a family's threshold; a
     start below it ends the round of its group. lead: rounds of the starts that follow it to trigger and target
-    together; the last is free in size. patch_iterations: of a patch's pattern. refine_iterations: of Adam, its rate
-    from refine_rate to a fifth of it. settle_rows: of a step towards the target. score_rows: of the final score.
+    together; the last is free in size. judged_kept: how many of a family's are judged after the first of them.
+    patch_iterations: of a patch's pattern. refine_iterations: of Adam, its rate from refine_rate to a fifth of it.
+    settle_rows: of a step towards the target. score_rows: of the final score.
 
-    A family that is hopeless after its first round gets no other.
+    A family gets no other round that is hopeless, or after the k-th, slack[k] times as bad as that; nor one that is
+    `ahead` times worse than one that fits.
     """
 
-    follow: tuple[tuple[int, int, int], ...] = ((8, 4, 6), (6, 8, 3), (6, 8, 1))
+    follow: tuple[tuple[int, int, int], ...] = ((4, 4, 22), (4, 4, 6), (6, 8, 3), (6, 8, 1))
+    slack: tuple[float, ...] = (1.5, 1.0)
+    ahead: float = 4.0
     scales: tuple[float, ...] = (1.4, 0.7, 0.5)
     finer_iterations: int = 3
     enough: float = 0.35
     lead: tuple[tuple[int, int, int], ...] = ((4, 4, 12), (6, 8, 4), (8, 32, 2))
+    judged_kept: int = 4
     patch_iterations: int = 4
     refine_iterations: int = 24
     refine_rate: float = 0.1
@@ -78,12 +84,18 @@ class Search:
         for k, (iterations, rows, kept) in enumerate(self.follow):
             follow(model, group, iterations, rows, generator, self.enough)
             group = best_of_each(group, kept)
-            if k == 0:
-                group, given_up = promising(group)
+            over = behind(group, self.ahead)
+            if k < len(self.slack):
+                over += hopeless(without(group, over), self.slack[k])
+            given_up += over
+            group = without(group, over)
             progress("searching: what the network does not call noise", k + 1, len(self.follow))
             if any(h.strength < self.enough for h in group):
                 break
-        return [self.resized(model, h, generator) for h in best_of_each(group)] + given_up
+        sized: list[Hypothesis] = []
+        for h in sorted(best_of_each(group), key=lambda h: h.strength):
+            sized.append(h if any(other.fits for other in sized) else self.resized(model, h, generator))
+        return sized + given_up
 
     def resized(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
         """h at the size where its loss is least: one of scales, then by Newton's steps."""
@@ -102,15 +114,19 @@ class Search:
         """The best start of each family whose trigger shows only beside its target: flat ones from where they lead."""
         pairs = [(s, begin(model, f, s, generator)) for f in families if f.joint for s in f.starts]
         settle(model, [h for s, h in pairs if s.level is not None], self.settle_rows // 2, generator)
-        group = [h for _, h in pairs]
+        group, last = [h for _, h in pairs], len(self.lead) - 1
         given_up: list[Hypothesis] = []
         for k, (iterations, rows, kept) in enumerate(self.lead):
-            last = k == len(self.lead) - 1
-            follow(model, group, iterations, rows, generator, 0.0 if last else self.enough, resize=last)
+            follow(model, group, iterations, rows, generator, self.enough if k < last else 0.0, resize=k == last)
             group = best_of_each(group, kept)
             if k == 0:
-                self.compare(model, group, 8, generator)
-                group, given_up = promising(group)
+                judged = best_of_each(group, self.judged_kept)
+                self.compare(model, judged, 8, generator)
+                over = hopeless(judged)
+            else:
+                over = behind(group, self.ahead) if k < last else []
+            given_up += over
+            group = without(group, over)
             progress("searching: triggers beside their targets", k + 1, len(self.lead))
         self.compare(model, group, 16, generator)
         return best_of_each(group) + given_up
@@ -119,7 +135,9 @@ class Search:
         self, model: Model, families: list[Family], generator: torch.Generator, progress: Progress
     ) -> list[Hypothesis]:
         """The best patch, with the pattern in it that the network does not call noise."""
-        group, given_up = promising([best_patch(model, f, generator) for f in families if f.swept])
+        patches = [best_patch(model, f, generator) for f in families if f.swept]
+        given_up = hopeless(patches)
+        group = without(patches, given_up)
         follow(model, group, self.patch_iterations, 16, generator, resize=True)
         return group + given_up
 
@@ -191,11 +209,21 @@ def best_of_each(group: list[Hypothesis], n: int = 1) -> list[Hypothesis]:
     return kept
 
 
-def promising(group: list[Hypothesis]) -> tuple[list[Hypothesis], list[Hypothesis]]:
-    """The hypotheses of families that are not hopeless, and the best of each other one."""
-    given_up = [h for h in best_of_each(group) if h.loss_ratio > h.family.hopeless]
+def hopeless(group: list[Hypothesis], slack: float = 1.0) -> list[Hypothesis]:
+    """The best of each family that is beyond hope, or beyond slack times that."""
+    return [h for h in best_of_each(group) if h.loss_ratio > slack * h.family.hopeless]
+
+
+def behind(group: list[Hypothesis], ahead: float) -> list[Hypothesis]:
+    """The best of each family that is `ahead` times worse than one that fits."""
+    first = min((h.strength for h in group), default=math.inf)
+    return [h for h in best_of_each(group) if first < 1 and h.strength > ahead * first]
+
+
+def without(group: list[Hypothesis], given_up: list[Hypothesis]) -> list[Hypothesis]:
+    """What is not of the families given up."""
     over = {h.family for h in given_up}
-    return [h for h in group if h.family not in over], given_up
+    return [h for h in group if h.family not in over]
 
 
 def alike(one: Hypothesis, other: Hypothesis) -> float:
