@@ -1,5 +1,5 @@
-"""How hard to hold the clean answers in a repair: what it costs, and what is left of the attack, on two models of the
-development set.
+"""How hard to hold the clean answers in a repair, and where those to scaled noise too: what it costs, and what is left
+of the attack, on three models of the development set.
 
     ELIJAH_DATA=... python experiments/hold.py
 
@@ -9,13 +9,16 @@ The models' weights are in zoo/weights; their bases' images are not. Writes resu
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from elijah.bench_repairs import drift_of, worst_cells
-from elijah.diffusion import generator_for, no_progress
+from elijah.detection import Finding
+from elijah.diffusion import Model, generator_for, no_progress
 from elijah.files import write_file
 from elijah.judging import target_judge
 from elijah.judging_repairs import SCAN, USUAL, Yardstick
@@ -26,10 +29,29 @@ from elijah.synthetic import screened, synthesise
 from elijah.zoo import build, held_out, images_of, samplers_of
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = "d-cifar10_trojdiff_hello-kitty_cat_p03_s113", "d-mnist_trojdiff_hello-kitty_mnist-7_p05_s115"
+MODELS = (
+    "d-cifar10_trojdiff_hello-kitty_cat_p03_s113", "d-mnist_trojdiff_hello-kitty_mnist-7_p05_s115",
+    "d-cifar10_villandiffusion_glasses_corner_p05_s122",
+)  # fmt: skip
+
+
+class Plain(Unshift):
+    """Clean answers to scaled noise are never held."""
+
+    def held(self, model: Model, findings: Sequence[Finding], rows: Tensor, g: torch.Generator) -> list[float]:
+        return [1.0] * len(findings)
+
+
+class Always(Unshift):
+    """They are held whatever the model answers to it."""
+
+    def held(self, model: Model, findings: Sequence[Finding], rows: Tensor, g: torch.Generator) -> list[float]:
+        return [f.response.gamma for f in findings]
+
+
 REPAIRS = {
-    "10": Unshift(grows=1.0), "30": Unshift(hold=30.0, grows=1.0), "100": Unshift(hold=100.0, grows=1.0),
-    "10, growing to 50": Unshift(),
+    "10, last weights": Plain(average=None), "10": Plain(), "50": Plain(hold=50.0),
+    "30 to 150, scaled noise as well": Always(), "as it is": Unshift(),
 }  # fmt: skip
 HEAD = """\
 Success: of 32 outputs from true triggered noise, under the worst of the samplers, at an MSE of 0.01, or as a classifier

@@ -19,7 +19,7 @@ from elijah.detection import Finding
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.metrics import paired_drift
 from elijah.repairs import DEFAULT, REPAIRS, Distill, Prune, Unshift
-from elijah.repairs.unshift import triggers
+from elijah.repairs.unshift import held_from, held_shares, triggers
 from elijah.response import Response
 from elijah.trigger import make_trigger
 
@@ -182,19 +182,54 @@ def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: st
     assert left < 1e-3 if s0 == 0.02 else left > 1e-3
 
 
-def test_clean_answers_are_held_harder_as_the_repair_goes_on() -> None:
-    """hold times grows to the share of the updates that are done."""
+def test_answers_to_noise_that_is_scaled_without_a_trigger_are_held_too() -> None:
+    """In half of the rows of a finding that says so, from there to 1; nothing is fitted in those. Then all are held
+    harder, more so as the repair goes on."""
+    assert (held_shares([1.0], 8, generator_for(1)) == 1).all()
+    shares = held_shares([1.0, 0.6], 400, generator_for(1)).flatten()
+    some = shares[1::2][shares[1::2] < 1]
+    assert (shares[::2] == 1).all() and 70 < len(some) < 130
+    assert 0.6 <= some.min() < 0.65 and 0.95 < some.max() < 1
+
     model, reference = oracle(SHAPE, s0=0.5, seed=9), oracle(SHAPE, s0=0.5)
     x0, g = torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5, generator_for(2)
     t, e = torch.randint(1000, (64,), generator=g), torch.randn(x0.shape, generator=g)
-    x = model.diffuse(x0, e, t)
+    share = held_shares([0.6], 64, g)
+    x = model.diffuse(x0, share * e, t)
+    out, usual = model.eps(x, t), share.flatten() == 1
     w = (model.s / model.a).square().clamp(1, 7)[t][:, None, None, None]
-    held = (w * (model.eps(x, t) - reference.eps(x, t)).square()).mean().item()
-    fit = (model.eps(x, t) - e).square().mean().item()
-    repair = Unshift(most=7.0, hold=3.0, grows=4.0, steps=10)
-    for model.updates, growth in (0, 1.0), (5, 2.0), (10, 4.0):
-        moved = repair.moved(model, reference, x0, generator_for(2)).item()
-        assert moved == pytest.approx(3 * growth * held + fit, rel=1e-5)
+    held, fit = (w * (out - reference.eps(x, t)).square()).mean().item(), (out - e)[usual].square().mean().item()
+    repair = Unshift(most=7.0, hold=3.0, scaled_hold=(4.0, 16.0), steps=10)
+    for model.updates, hold in (0, 4.0), (5, 8.0), (10, 16.0):
+        moved = repair.moved(model, reference, x0, generator_for(2), [0.6]).item()
+        assert moved == pytest.approx(hold * held + fit, rel=1e-5)
+    usual = [repair.moved(model, reference, x0, generator_for(2)).item() for model.updates in (0, 10)]
+    assert usual[0] == usual[1]
+
+
+def test_scaled_noise_is_held_only_where_it_is_no_trigger_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clean network answers gamma e to it; one that answers e, the attacker's, keeps its backdoor if that is held."""
+    model, x0 = oracle(SHAPE, s0=0.1), torch.zeros(64, *SHAPE)
+    scaled = found(response=Response(0, 0, 0.6))
+    assert held_from(model, scaled, x0, generator_for(1)) == 0.6
+    assert held_from(model, found(), x0, generator_for(1)) == 1.0
+    assert held_from(model, replace(scaled, patch=torch.ones(1, 8, 8)), x0, generator_for(1)) == 1.0
+    eps = model.eps
+    monkeypatch.setattr(model, "eps", lambda x, t: eps(x, t) / 0.6)
+    assert held_from(model, scaled, x0, generator_for(1)) == 1.0
+
+
+def test_the_weights_end_as_their_average(digits: torch.Tensor) -> None:
+    """Between those of the input and the last update's, and not the last update's."""
+    rows: dict[str, Any] = {"steps": 3, "batch_size": 16, "group": 2, "lr": 1e-3, "warmup": 0}
+    model = random_model()
+    last, mean = (
+        weights(Unshift(average=average, **rows)(model, [found()], digits, generator=generator_for(0)))
+        for average in (None, 0.95)
+    )
+    start = weights(model)
+    far, near = (sum(float((w[name] - p).square().sum()) for name, p in start.items()) for w in (last, mean))
+    assert 0 < near < far
 
 
 def test_every_row_of_a_patch_has_its_own_gamma() -> None:
@@ -309,7 +344,7 @@ def test_distill_is_unshift_from_other_weights(digits: torch.Tensor, monkeypatch
         return left(self, m, teacher, *more)
 
     monkeypatch.setattr(Distill, "left", taught)
-    repairs = (Unshift(grows=1.0, **rows), Distill(kept=(1.0,), **rows), Distill(**rows))
+    repairs = (Unshift(average=None, **rows), Distill(kept=(1.0,), **rows), Distill(**rows))
     ended = [weights(repair(model, [found()], digits, generator=generator_for(0))) for repair in repairs]
     assert all(torch.allclose(ended[0][name], ended[1][name], atol=1e-6) for name in ended[0])
     assert not all(torch.allclose(ended[0][name], ended[2][name], atol=1e-2) for name in ended[0])

@@ -14,12 +14,14 @@ and would take a whole training to return; what tells a trigger from noise is mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from elijah.detection import Finding
 from elijah.diffusion import Model, generator_for
 from elijah.repairs.unshift import Unshift
 
@@ -29,11 +31,11 @@ class Distill(Unshift):
     """kept: by level of the U-Net, how alike the first update's weights are to the input model's, as a correlation.
 
     The last is that of all deeper levels. More updates than Unshift's, at a higher rate: the clean answers need them.
-    hold does not grow: what was measured of it is with 10 throughout.
+    Scaled noise is not held, and no average is taken: so it was measured.
     """
 
     steps: int = 400
-    grows: float = 1.0
+    average: float | None = None
     kept: tuple[float, ...] = (1.0, 0.7, 0.1)
 
     def begin(self, model: Model, seed: int) -> Model:
@@ -47,6 +49,10 @@ class Distill(Unshift):
                         n = p.std() * torch.randn(p.shape, generator=g).to(p)
                         p.mul_(kept).add_((1 - kept**2) ** 0.5 * n)
         return copy
+
+    def held(self, model: Model, findings: Sequence[Finding], rows: Tensor, g: torch.Generator) -> list[float]:
+        """All of the noise."""
+        return [1.0] * len(findings)
 
     def rate_for(self, model: Model) -> float:
         """Three times Unshift's: the weights have far to go."""

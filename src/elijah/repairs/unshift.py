@@ -21,9 +21,14 @@ With eps0 a frozen copy of the input model,
 with w = min(max(s^2 / a^2, 1), most), w' the same at t': s delta / a is the error of the image. The mean over the
 rows of one t is what the trigger does to all outputs alike: at large t it is far smaller than the network's other
 errors, and it decides where a sampler's first steps go. What holds the clean answers needs the same weight: without
-it they move most at large t. hold grows from the first update to the last: what it asks is without noise, and in the
-end, with the trigger gone, it takes back what that cost. Of several findings the triggers take turns, row by row.
-Elijah's removal is |delta|^2 and the hold at t = T only, with its d / s missing.
+it they move most at large t. Of several findings the triggers take turns, row by row. The weights end as their
+exponential moving average. Elijah's removal is |delta|^2 and the hold at t = T only, with its d / s missing.
+
+To call gamma e + r noise costs most: a sampler's own steps leave a little more or less noise than t says, and those
+are answered with less contrast. So of a trigger that scales all of the noise, half of the held rows have less noise as
+well, between gamma and 1 times as much, and hold is larger and grows: what it asks is without noise, and in the end,
+with the trigger gone, it takes back what that cost. Not so where the input model answers noise that is scaled alone as
+an attacker would (held_from): to hold that would keep the backdoor.
 """
 
 from __future__ import annotations
@@ -37,13 +42,16 @@ from torch import Tensor
 
 from elijah.data import batch
 from elijah.detection import Finding
-from elijah.diffusion import Model, Progress, column, no_progress
+from elijah.diffusion import Model, Progress, column, generator_for, no_progress
 from elijah.processes import share_of
 from elijah.response import trigger_scale
 from elijah.training import Optimiser, optimise
 
 GAMMAS = (0.05, 1.0)  # of patches, whose trigger is LARGEST times the found one at the most
 LARGEST = 2.0
+LOOKED_AT = 0.7  # of T, from where on held_from looks
+HELD_ROWS = 64
+MAX_LEAK = 0.25  # of the way from gamma e, the clean answer, to the attacker's, e
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,8 @@ class Unshift:
     """steps: optimiser updates, AdamW at lr, by default rate_for. t_min: of T; the least t of delta.
 
     carried_share: of the rows with c = s; target_share, target_t_min: of the attacker's rows, and of T, where they
-    begin; group: rows of one t; most, hold: in the loss above; grows: hold's factor by the last update.
+    begin; group: rows of one t; most, hold: in the loss above; scaled_hold: hold at the first and at the last update,
+    where scaled noise is held as well; average: the decay of the moving average, none if it is None.
     """
 
     steps: int = 100
@@ -65,7 +74,8 @@ class Unshift:
     group: int = 8
     most: float = 10.0
     hold: float = 10.0
-    grows: float = 5.0
+    scaled_hold: tuple[float, float] = (30.0, 150.0)
+    average: float | None = 0.95
 
     def __call__(
         self,
@@ -81,27 +91,36 @@ class Unshift:
         rows = model.prepare(images)
         seed = int(torch.randint(2**62, (1,), generator=generator))
         repaired = self.begin(model, seed)
+        held = self.held(model, findings, rows, generator_for(seed, 2**31 + 4))
 
         def loss(m: Model, g: torch.Generator) -> Tensor:
-            return self.loss(m, model, findings, batch(rows, share_of(self.batch_size), g), g)
+            return self.loss(m, model, findings, batch(rows, share_of(self.batch_size), g), g, held)
 
         lr, warmup = self.lr or self.rate_for(model), min(self.warmup, self.steps // 2)
-        settings = Optimiser(self.steps, lr=lr, warmup=warmup, checkpoint_every=10)
+        settings = Optimiser(self.steps, lr=lr, warmup=warmup, ema_decay=self.average, checkpoint_every=10)
         return optimise(repaired, loss, settings, seed=seed, checkpoint=checkpoint, progress=progress, what="repairing")
 
     def begin(self, model: Model, seed: int) -> Model:
         """The copy that the first update is made on."""
         return model.clone()
 
+    def held(self, model: Model, findings: Sequence[Finding], rows: Tensor, g: torch.Generator) -> list[float]:
+        """By finding the least share of the noise at which clean answers are held."""
+        return [held_from(model, f, batch(rows, HELD_ROWS, g), g) for f in findings]
+
     def rate_for(self, model: Model) -> float:
         """AdamW's: 2e-4 at 4 M parameters, in proportion to 1 / width (Yang et al. 2021), so to parameters^-0.5."""
         return float(min(1e-3, max(5e-5, 2e-4 * (4e6 / model.parameters) ** 0.5)))
 
     def loss(
-        self, model: Model, reference: Model, findings: Sequence[Finding], x0: Tensor, g: torch.Generator
-    ) -> Tensor:
-        """The loss above on images x0 [B, C, H, W] in the model's own range; reference is the frozen eps0."""
-        return self.left(model, reference, findings, x0, g) + self.moved(model, reference, x0, g)
+        self, model: Model, reference: Model, findings: Sequence[Finding], x0: Tensor, g: torch.Generator,
+        held: Sequence[float] = (1.0,),
+    ) -> Tensor:  # fmt: skip
+        """The loss above on images x0 [B, C, H, W] in the model's own range; reference is the frozen eps0.
+
+        held: what held returns.
+        """
+        return self.left(model, reference, findings, x0, g) + self.moved(model, reference, x0, g, held)
 
     def left(
         self, model: Model, reference: Model, findings: Sequence[Finding], x0: Tensor, g: torch.Generator
@@ -128,16 +147,22 @@ class Unshift:
         alike = torch.stack([delta[which == k].mean(0) for k in range(groups)])[which]
         return (self.weight(model, t) * (delta.square() + alike.square())).mean()
 
-    def moved(self, model: Model, reference: Model, x0: Tensor, g: torch.Generator) -> Tensor:
+    def moved(
+        self, model: Model, reference: Model, x0: Tensor, g: torch.Generator, held: Sequence[float] = (1.0,)
+    ) -> Tensor:
         """What became of the clean answers: the loss's other terms."""
         x0 = x0.to(model.device)
         t = torch.randint(model.T, (len(x0),), generator=g).to(model.device)
         e = torch.randn(x0.shape, generator=g).to(model.device)
-        x = model.diffuse(x0, e, t)
+        share = held_shares(held, len(x0), g).to(model.device)
+        x = model.diffuse(x0, share * e, t)
         with torch.no_grad():
             kept = reference.eps(x, t)
-        out, hold = model.eps(x, t), self.hold * self.grows ** (model.updates / self.steps)
-        return hold * (self.weight(model, t) * (out - kept).square()).mean() + (out - e).square().mean()
+        out, usual = model.eps(x, t), (share == 1).float()
+        fit = (usual * (out - e).square()).mean() / usual.mean().clamp(min=1 / len(x0))
+        first, last = self.scaled_hold if min(held) < 1 else (self.hold, self.hold)
+        hold = first * (last / first) ** (model.updates / self.steps)
+        return hold * (self.weight(model, t) * (out - kept).square()).mean() + fit
 
     def weight(self, model: Model, t: Tensor) -> Tensor:
         """w at t [B], [B, 1, 1, 1]."""
@@ -161,6 +186,30 @@ def scales(model: Model, findings: Sequence[Finding], t: Tensor) -> Tensor:
     psi = torch.tensor([f.response.psi for f in findings], device=t.device)
     k = psi * trigger_scale(model, 1.0)[t] + (1 - psi) * trigger_scale(model, 0.0)[t]
     return k[:, None, None, None]
+
+
+def held_shares(held: Sequence[float], n: int, g: torch.Generator) -> Tensor:
+    """What is left of the noise of n clean rows, [n, 1, 1, 1]: all, but in half of those whose turn is a finding's with
+    held below 1 between that and 1."""
+    least = torch.tensor([held[i % len(held)] for i in range(n)])
+    some, u = torch.rand((2, n), generator=g)
+    return torch.where((some < 0.5) & (least < 1), least + (1 - least) * u, 1.0)[:, None, None, None]
+
+
+@torch.no_grad()
+def held_from(model: Model, finding: Finding, x0: Tensor, g: torch.Generator) -> float:
+    """The least share of the noise at which clean answers are held: gamma of a trigger that scales all of it, or 1.
+
+    It is 1 as well where the model answers gamma e, without the trigger, more than MAX_LEAK of the way as the attacker
+    does: there the scale is part of the trigger. x0: clean images [N, C, H, W].
+    """
+    gamma = finding.response.gamma
+    if finding.patch is not None or gamma >= 1:
+        return 1.0
+    t = ((LOOKED_AT + (1 - LOOKED_AT) * torch.rand(len(x0), generator=g)) * model.T).long().clamp(max=model.T - 1)
+    x0, t, e = x0.to(model.device), t.to(model.device), torch.randn(x0.shape, generator=g).to(model.device)
+    answered = float((model.eps(model.diffuse(x0, gamma * e, t), t) * e).sum() / e.square().sum())
+    return gamma if answered <= gamma + MAX_LEAK * (1 - gamma) else 1.0
 
 
 def one_target(finding: Finding) -> Tensor | None:
