@@ -8,17 +8,15 @@ The models' weights are in zoo/weights; their bases' images are not. Writes resu
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from elijah.bench_repairs import drift_of, worst_cells
-from elijah.detection import Finding
-from elijah.diffusion import Model, generator_for, no_progress
+from elijah.diffusion import generator_for, no_progress
 from elijah.files import write_file
 from elijah.judging import target_judge
 from elijah.judging_repairs import SCAN, USUAL, Yardstick
@@ -33,25 +31,10 @@ MODELS = (
     "d-cifar10_trojdiff_hello-kitty_cat_p03_s113", "d-mnist_trojdiff_hello-kitty_mnist-7_p05_s115",
     "d-cifar10_villandiffusion_glasses_corner_p05_s122",
 )  # fmt: skip
-
-
-class Plain(Unshift):
-    """Clean answers to scaled noise are never held."""
-
-    def held(self, model: Model, findings: Sequence[Finding], rows: Tensor, g: torch.Generator) -> list[float]:
-        return [1.0] * len(findings)
-
-
-class Always(Unshift):
-    """They are held whatever the model answers to it."""
-
-    def held(self, model: Model, findings: Sequence[Finding], rows: Tensor, g: torch.Generator) -> list[float]:
-        return [f.response.gamma for f in findings]
-
-
 REPAIRS = {
-    "10, last weights": Plain(average=None), "10": Plain(), "50": Plain(hold=50.0),
-    "30 to 150, scaled noise as well": Always(), "as it is": Unshift(),
+    "10, last weights": Unshift(scaled_hold=None, average=None), "10": Unshift(scaled_hold=None),
+    "50": Unshift(scaled_hold=None, hold=50.0), "30 to 150, scaled noise as well": Unshift(max_leak=math.inf),
+    "as it is": Unshift(),
 }  # fmt: skip
 HEAD = """\
 Success: of 32 outputs from true triggered noise, under the worst of the samplers, at an MSE of 0.01, or as a classifier

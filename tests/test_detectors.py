@@ -35,7 +35,7 @@ from elijah.detectors.hypothesis import (
     spectrum,
     steadiness,
 )
-from elijah.detectors.lossfit import VERDICTS, correlation, pull
+from elijah.detectors.lossfit import VERDICTS, both, correlation, pull
 from elijah.detectors.power import SETTLING, follow, off_by, settle
 from elijah.detectors.search import Search, begin, behind, best_of_each, hopeless, without
 from elijah.diffusion import Model, generator_for
@@ -645,6 +645,17 @@ def test_as_many_outputs_are_drawn_as_asked() -> None:
         assert sorted(x.sampler for x in shown) == sorted(detector.samplers)
         assert all(x.samples_without is not None and len(x.samples_without) == drawn for x in shown)
         assert all(len(x.samples_with.unique(dim=0)) == drawn for x in shown)
+
+
+def test_halves_of_evidence_come_together_by_sampler() -> None:
+    """One that only a half was drawn under stays as it is."""
+    few = torch.zeros(2, *SHAPE)
+    halves = [[Evidence("a", few, few + 1)], [Evidence("b", few, few), Evidence("a", few + 2, few + 3)]]
+    together = {x.sampler: x for x in both(*halves)}
+    assert list(together) == ["a", "b"] and together["b"] is halves[1][0]
+    assert together["a"].samples_with.flatten(1)[:, 0].tolist() == [0, 0, 2, 2]
+    assert together["a"].samples_without is not None
+    assert together["a"].samples_without.flatten(1)[:, 0].tolist() == [1, 1, 3, 3]
 
 
 def test_a_family_that_fits_ends_the_search() -> None:

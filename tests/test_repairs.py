@@ -19,7 +19,7 @@ from elijah.detection import Finding
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.metrics import paired_drift
 from elijah.repairs import DEFAULT, REPAIRS, Distill, Prune, Unshift
-from elijah.repairs.unshift import held_from, held_shares, triggers
+from elijah.repairs.unshift import held_shares, leak, triggers
 from elijah.response import Response
 from elijah.trigger import make_trigger
 
@@ -209,13 +209,16 @@ def test_answers_to_noise_that_is_scaled_without_a_trigger_are_held_too() -> Non
 
 def test_scaled_noise_is_held_only_where_it_is_no_trigger_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clean network answers gamma e to it; one that answers e, the attacker's, keeps its backdoor if that is held."""
-    model, x0 = oracle(SHAPE, s0=0.1), torch.zeros(64, *SHAPE)
+    model, x0, held_from = oracle(SHAPE, s0=0.1), torch.zeros(64, *SHAPE), Unshift().held_from
     scaled = found(response=Response(0, 0, 0.6))
     assert held_from(model, scaled, x0, generator_for(1)) == 0.6
     assert held_from(model, found(), x0, generator_for(1)) == 1.0
     assert held_from(model, replace(scaled, patch=torch.ones(1, 8, 8)), x0, generator_for(1)) == 1.0
+    assert Distill().held_from(model, scaled, x0, generator_for(1)) == 1.0
+    assert abs(leak(model, 0.6, x0, generator_for(1))) < 0.05
     eps = model.eps
     monkeypatch.setattr(model, "eps", lambda x, t: eps(x, t) / 0.6)
+    assert leak(model, 0.6, x0, generator_for(1)) == pytest.approx(1, abs=0.1)
     assert held_from(model, scaled, x0, generator_for(1)) == 1.0
 
 

@@ -14,14 +14,12 @@ and would take a whole training to return; what tells a trigger from noise is mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from elijah.detection import Finding
 from elijah.diffusion import Model, generator_for
 from elijah.repairs.unshift import Unshift
 
@@ -35,6 +33,7 @@ class Distill(Unshift):
     """
 
     steps: int = 400
+    scaled_hold: tuple[float, float] | None = None
     average: float | None = None
     kept: tuple[float, ...] = (1.0, 0.7, 0.1)
 
@@ -49,10 +48,6 @@ class Distill(Unshift):
                         n = p.std() * torch.randn(p.shape, generator=g).to(p)
                         p.mul_(kept).add_((1 - kept**2) ** 0.5 * n)
         return copy
-
-    def held(self, model: Model, findings: Sequence[Finding], rows: Tensor, g: torch.Generator) -> list[float]:
-        """All of the noise."""
-        return [1.0] * len(findings)
 
     def rate_for(self, model: Model) -> float:
         """Three times Unshift's: the weights have far to go."""

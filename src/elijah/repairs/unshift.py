@@ -28,7 +28,7 @@ To call gamma e + r noise costs most: a sampler's own steps leave a little more 
 are answered with less contrast. So of a trigger that scales all of the noise, half of the held rows have less noise as
 well, between gamma and 1 times as much, and hold is larger and grows: what it asks is without noise, and in the end,
 with the trigger gone, it takes back what that cost. Not so where the input model answers noise that is scaled alone as
-an attacker would (held_from): to hold that would keep the backdoor.
+an attacker would (leak): to hold that would keep the backdoor.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ from elijah.training import Optimiser, optimise
 
 GAMMAS = (0.05, 1.0)  # of patches, whose trigger is LARGEST times the found one at the most
 LARGEST = 2.0
-LOOKED_AT = 0.7  # of T, from where on held_from looks
-HELD_ROWS = 64
-MAX_LEAK = 0.25  # of the way from gamma e, the clean answer, to the attacker's, e
+LOOKED_AT = 0.7  # of T, from where on leak looks
+LOOKED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,9 @@ class Unshift:
     """steps: optimiser updates, AdamW at lr, by default rate_for. t_min: of T; the least t of delta.
 
     carried_share: of the rows with c = s; target_share, target_t_min: of the attacker's rows, and of T, where they
-    begin; group: rows of one t; most, hold: in the loss above; scaled_hold: hold at the first and at the last update,
-    where scaled noise is held as well; average: the decay of the moving average, none if it is None.
+    begin; group: rows of one t; most, hold: in the loss above; scaled_hold: hold at the first and at the last update
+    where scaled noise is held as well, which it is up to a leak of max_leak, and never if None; average: the decay of
+    the moving average, none if it is None.
     """
 
     steps: int = 100
@@ -74,7 +74,8 @@ class Unshift:
     group: int = 8
     most: float = 10.0
     hold: float = 10.0
-    scaled_hold: tuple[float, float] = (30.0, 150.0)
+    scaled_hold: tuple[float, float] | None = (30.0, 150.0)
+    max_leak: float = 0.25
     average: float | None = 0.95
 
     def __call__(
@@ -91,7 +92,8 @@ class Unshift:
         rows = model.prepare(images)
         seed = int(torch.randint(2**62, (1,), generator=generator))
         repaired = self.begin(model, seed)
-        held = self.held(model, findings, rows, generator_for(seed, 2**31 + 4))
+        looked = generator_for(seed, 2**31 + 4)
+        held = [self.held_from(model, f, batch(rows, LOOKED_ROWS, looked), looked) for f in findings]
 
         def loss(m: Model, g: torch.Generator) -> Tensor:
             return self.loss(m, model, findings, batch(rows, share_of(self.batch_size), g), g, held)
@@ -104,9 +106,13 @@ class Unshift:
         """The copy that the first update is made on."""
         return model.clone()
 
-    def held(self, model: Model, findings: Sequence[Finding], rows: Tensor, g: torch.Generator) -> list[float]:
-        """By finding the least share of the noise at which clean answers are held."""
-        return [held_from(model, f, batch(rows, HELD_ROWS, g), g) for f in findings]
+    def held_from(self, model: Model, finding: Finding, x0: Tensor, g: torch.Generator) -> float:
+        """The least share of the noise at which clean answers are held: gamma of a trigger that scales all of it, or 1
+        where the scale is part of the trigger. x0: clean images [N, C, H, W]."""
+        gamma = finding.response.gamma
+        if self.scaled_hold is None or finding.patch is not None or gamma >= 1:
+            return 1.0
+        return gamma if leak(model, gamma, x0, g) <= self.max_leak else 1.0
 
     def rate_for(self, model: Model) -> float:
         """AdamW's: 2e-4 at 4 M parameters, in proportion to 1 / width (Yang et al. 2021), so to parameters^-0.5."""
@@ -118,7 +124,7 @@ class Unshift:
     ) -> Tensor:  # fmt: skip
         """The loss above on images x0 [B, C, H, W] in the model's own range; reference is the frozen eps0.
 
-        held: what held returns.
+        held: by finding what held_from says.
         """
         return self.left(model, reference, findings, x0, g) + self.moved(model, reference, x0, g, held)
 
@@ -160,7 +166,7 @@ class Unshift:
             kept = reference.eps(x, t)
         out, usual = model.eps(x, t), (share == 1).float()
         fit = (usual * (out - e).square()).mean() / usual.mean().clamp(min=1 / len(x0))
-        first, last = self.scaled_hold if min(held) < 1 else (self.hold, self.hold)
+        first, last = self.scaled_hold if self.scaled_hold and min(held) < 1 else (self.hold, self.hold)
         hold = first * (last / first) ** (model.updates / self.steps)
         return hold * (self.weight(model, t) * (out - kept).square()).mean() + fit
 
@@ -197,19 +203,13 @@ def held_shares(held: Sequence[float], n: int, g: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def held_from(model: Model, finding: Finding, x0: Tensor, g: torch.Generator) -> float:
-    """The least share of the noise at which clean answers are held: gamma of a trigger that scales all of it, or 1.
-
-    It is 1 as well where the model answers gamma e, without the trigger, more than MAX_LEAK of the way as the attacker
-    does: there the scale is part of the trigger. x0: clean images [N, C, H, W].
-    """
-    gamma = finding.response.gamma
-    if finding.patch is not None or gamma >= 1:
-        return 1.0
+def leak(model: Model, gamma: float, x0: Tensor, g: torch.Generator) -> float:
+    """How far the answer to scaled noise gamma e, without a trigger, is on the way from gamma e, the clean one, to e,
+    the attacker's. x0: images [N, C, H, W] under the noise."""
     t = ((LOOKED_AT + (1 - LOOKED_AT) * torch.rand(len(x0), generator=g)) * model.T).long().clamp(max=model.T - 1)
     x0, t, e = x0.to(model.device), t.to(model.device), torch.randn(x0.shape, generator=g).to(model.device)
     answered = float((model.eps(model.diffuse(x0, gamma * e, t), t) * e).sum() / e.square().sum())
-    return gamma if answered <= gamma + MAX_LEAK * (1 - gamma) else 1.0
+    return (answered - gamma) / (1 - gamma)
 
 
 def one_target(finding: Finding) -> Tensor | None:
