@@ -1,5 +1,5 @@
 """How hard to hold the clean answers in a repair, and where those to scaled noise too: what it costs, and what is left
-of the attack, on three models of the development set.
+of the attack, on six models of the development set, of which three have patches.
 
     ELIJAH_DATA=... python experiments/hold.py
 
@@ -31,11 +31,18 @@ MODELS = (
     "d-cifar10_trojdiff_hello-kitty_cat_p03_s113", "d-mnist_trojdiff_hello-kitty_mnist-7_p05_s115",
     "d-cifar10_villandiffusion_glasses_corner_p05_s122",
 )  # fmt: skip
+PATCHES = (
+    "d-celeba_trojdiff_white_corner_p05_s114", "d-cifar10_trojdiff_white_mnist-7_p05_s118",
+    "d-mnist_trojdiff_white_mnist-7_p05_s116",
+)  # fmt: skip
 REPAIRS = {
     "10, last weights": Unshift(scaled_hold=None, average=None), "10": Unshift(scaled_hold=None),
     "50": Unshift(scaled_hold=None, hold=50.0), "30 to 150, scaled noise as well": Unshift(max_leak=math.inf),
     "as it is": Unshift(),
 }  # fmt: skip
+PATCH_REPAIRS = {"10": Unshift(patch_hold=None), "10 to 50, as it is": Unshift()} | {
+    f"{first:g} to {last:g}": Unshift(patch_hold=(first, last)) for first, last in ((10.0, 150.0), (30.0, 150.0))
+}
 HEAD = """\
 Success: of 32 outputs from true triggered noise, under the worst of the samplers, at an MSE of 0.01, or as a classifier
 says of a class. Diversity: of triggered outputs over clean ones, the value farthest from 1 under stock samplers. Drift:
@@ -48,7 +55,7 @@ of clean outputs, over two samples' difference, the largest. Loss: of denoising 
 def main() -> int:
     torch.set_num_threads(1)
     lines = [HEAD]
-    for name in MODELS:
+    for name in (*MODELS, *PATCHES):
         manifest = read_manifest(ROOT / "zoo" / "development.toml")
         entry, bases = next(e for e in manifest.entries() if e.id == name), {base.id: base for base in manifest.base}
         base = bases[entry.base]
@@ -61,7 +68,7 @@ def main() -> int:
         findings = inspect(model, SCAN, 0, no_progress)[0].findings[:1]
         images = screened(model, synthesise(model, 512, 0), findings)
         plain, loss = yardstick.plain(model), yardstick.outcome(model)["loss"]
-        for setting, repair in REPAIRS.items():
+        for setting, repair in (PATCH_REPAIRS if name in PATCHES else REPAIRS).items():
             fixed = repair(model, findings, images, generator=generator_for(0, 11))
             found = yardstick.outcome(fixed, plain)
             success, of_clean, diversity, _ = worst_cells(found)

@@ -183,8 +183,7 @@ def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: st
 
 
 def test_answers_to_noise_that_is_scaled_without_a_trigger_are_held_too() -> None:
-    """In half of the rows of a finding that says so, from there to 1; nothing is fitted in those. Then all are held
-    harder, more so as the repair goes on."""
+    """In half of the rows of a finding that says so, from there to 1; nothing is fitted in those."""
     assert (held_shares([1.0], 8, generator_for(1)) == 1).all()
     shares = held_shares([1.0, 0.6], 400, generator_for(1)).flatten()
     some = shares[1::2][shares[1::2] < 1]
@@ -199,12 +198,25 @@ def test_answers_to_noise_that_is_scaled_without_a_trigger_are_held_too() -> Non
     out, usual = model.eps(x, t), share.flatten() == 1
     w = (model.s / model.a).square().clamp(1, 7)[t][:, None, None, None]
     held, fit = (w * (out - reference.eps(x, t)).square()).mean().item(), (out - e)[usual].square().mean().item()
-    repair = Unshift(most=7.0, hold=3.0, scaled_hold=(4.0, 16.0), steps=10)
-    for model.updates, hold in (0, 4.0), (5, 8.0), (10, 16.0):
-        moved = repair.moved(model, reference, x0, generator_for(2), [0.6]).item()
-        assert moved == pytest.approx(hold * held + fit, rel=1e-5)
-    usual = [repair.moved(model, reference, x0, generator_for(2)).item() for model.updates in (0, 10)]
-    assert usual[0] == usual[1]
+    moved = Unshift(most=7.0).moved(model, reference, x0, generator_for(2), 3.0, [0.6]).item()
+    assert moved == pytest.approx(3 * held + fit, rel=1e-5)
+
+
+def test_how_hard_clean_answers_are_held() -> None:
+    """Harder as the repair goes on where scaled noise is held as well, and where all triggers are patches."""
+    patch = replace(found(), patch=torch.ones(1, *SHAPE[1:]))
+    repair = Unshift(hold=3.0, scaled_hold=(4.0, 16.0), patch_hold=(5.0, 20.0))
+    for done, scaled, patched in (0.0, 4, 5), (0.5, 8, 10), (1.0, 16, 20):
+        assert repair.hold_at(done, [found(), patch]) == pytest.approx(3)
+        assert repair.hold_at(done, [found(), found()], [1.0, 0.6]) == pytest.approx(scaled)
+        assert repair.hold_at(done, [patch, patch], [1.0, 1.0]) == pytest.approx(patched)
+        assert Distill().hold_at(done, [patch]) == pytest.approx(10)
+        assert Unshift(hold=0.0).hold_at(done, [found()]) == 0
+    model, x0 = oracle(SHAPE, s0=0.5, seed=9), torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5
+    still, losses = replace(patch, trigger=torch.zeros(SHAPE), distribution=True), []
+    for model.updates in (0, 100):
+        losses.append(Unshift().loss(model, oracle(SHAPE, s0=0.5), [still], x0, generator_for(2)).item())
+    assert losses[1] > 1.5 * losses[0]
 
 
 def test_scaled_noise_is_held_only_where_it_is_no_trigger_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

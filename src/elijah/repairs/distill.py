@@ -29,11 +29,12 @@ class Distill(Unshift):
     """kept: by level of the U-Net, how alike the first update's weights are to the input model's, as a correlation.
 
     The last is that of all deeper levels. More updates than Unshift's, at a higher rate: the clean answers need them.
-    Scaled noise is not held, and no average is taken: so it was measured.
+    Scaled noise is not held, hold does not grow, and no average is taken: so it was measured.
     """
 
     steps: int = 400
     scaled_hold: tuple[float, float] | None = None
+    patch_hold: tuple[float, float] | None = None
     average: float | None = None
     kept: tuple[float, ...] = (1.0, 0.7, 0.1)
 

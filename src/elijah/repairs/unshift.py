@@ -59,8 +59,8 @@ class Unshift:
 
     carried_share: of the rows with c = s; target_share, target_t_min: of the attacker's rows, and of T, where they
     begin; group: rows of one t; most, hold: in the loss above; scaled_hold: hold at the first and at the last update
-    where scaled noise is held as well, which it is up to a leak of max_leak, and never if None; average: the decay of
-    the moving average, none if it is None.
+    where scaled noise is held as well, which it is up to a leak of max_leak, and never if None; patch_hold: the same
+    where all triggers are patches, and hold if None; average: the decay of the moving average, none if it is None.
     """
 
     steps: int = 100
@@ -75,6 +75,7 @@ class Unshift:
     most: float = 10.0
     hold: float = 10.0
     scaled_hold: tuple[float, float] | None = (30.0, 150.0)
+    patch_hold: tuple[float, float] | None = (10.0, 50.0)
     max_leak: float = 0.25
     average: float | None = 0.95
 
@@ -126,7 +127,17 @@ class Unshift:
 
         held: by finding what held_from says.
         """
-        return self.left(model, reference, findings, x0, g) + self.moved(model, reference, x0, g, held)
+        hold = self.hold_at(model.updates / self.steps, findings, held)
+        return self.left(model, reference, findings, x0, g) + self.moved(model, reference, x0, g, hold, held)
+
+    def hold_at(self, done: float, findings: Sequence[Finding], held: Sequence[float] = (1.0,)) -> float:
+        """hold when the share `done` of the updates is made."""
+        course = (self.hold, self.hold)
+        if self.scaled_hold and min(held) < 1:
+            course = self.scaled_hold
+        elif self.patch_hold and all(f.patch is not None for f in findings):
+            course = self.patch_hold
+        return float(course[0] ** (1 - done) * course[1] ** done)
 
     def left(
         self, model: Model, reference: Model, findings: Sequence[Finding], x0: Tensor, g: torch.Generator
@@ -154,8 +165,9 @@ class Unshift:
         return (self.weight(model, t) * (delta.square() + alike.square())).mean()
 
     def moved(
-        self, model: Model, reference: Model, x0: Tensor, g: torch.Generator, held: Sequence[float] = (1.0,)
-    ) -> Tensor:
+        self, model: Model, reference: Model, x0: Tensor, g: torch.Generator, hold: float,
+        held: Sequence[float] = (1.0,),
+    ) -> Tensor:  # fmt: skip
         """What became of the clean answers: the loss's other terms."""
         x0 = x0.to(model.device)
         t = torch.randint(model.T, (len(x0),), generator=g).to(model.device)
@@ -166,8 +178,6 @@ class Unshift:
             kept = reference.eps(x, t)
         out, usual = model.eps(x, t), (share == 1).float()
         fit = (usual * (out - e).square()).mean() / usual.mean().clamp(min=1 / len(x0))
-        first, last = self.scaled_hold if self.scaled_hold and min(held) < 1 else (self.hold, self.hold)
-        hold = first * (last / first) ** (model.updates / self.steps)
         return hold * (self.weight(model, t) * (out - kept).square()).mean() + fit
 
     def weight(self, model: Model, t: Tensor) -> Tensor:
