@@ -854,6 +854,71 @@ def test_what_fires_and_nearly_fits_is_fitted_before_the_verdict(monkeypatch: py
     assert found.verdict == "backdoored" and found.findings[0].loss_ratio == 0.03
 
 
+def joint(name: str) -> Family:
+    return next(f for f in FAMILIES if f.name == name)
+
+
+def test_of_a_trigger_that_fires_the_faint_part_is_tried_too() -> None:
+    """In the joint families that reach no further than its own, cut to that; latent models have no faint ones."""
+    model, r = oracle(SHAPE), torch.linspace(-1, 1, 192).reshape(SHAPE)
+    h = replace(hypothesis(r, torch.zeros(SHAPE), joint("full")), others=[hypothesis(-r, r)])
+    same, faint = LossFit().parts(model, h)
+    assert same.family.name == "full" and torch.equal(same.r, r) and same is not h and not same.others
+    assert faint.family.name == "full_faint" and torch.equal(faint.r, r.clamp(-0.35, 0.35)) and faint.y is h.y
+    assert [part.family.name for part in LossFit().parts(model, faint)] == ["full_faint"]
+    latent = replace(model, kind="ldm")
+    assert [part.family.name for part in LossFit().parts(latent, h)] == ["full"]
+
+
+def test_only_what_moves_outputs_onto_another_image_than_its_own_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, r, y = truth(2, norm=6.0)
+    full = joint("full")
+    silent, own, moving = hypothesis(-r, -y, full), hypothesis(r, r, full), hypothesis(r / 2, 0.9 * y, full)
+    outputs = {id(silent.r): -y, id(own.r): own.y, id(moving.r): y}
+    monkeypatch.setattr(Hypothesis, "start", lambda self, e: outputs[id(self.r)].expand(8, *SHAPE))
+    far = torch.randn(8, *SHAPE, generator=generator_for(5)) / 2
+
+    def sample(self: Model, start: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return start if start.stride(0) == 0 else far
+
+    monkeypatch.setattr(Model, "sample", sample)
+    silent.y = 0.9 * y
+    monkeypatch.setattr(LossFit, "shows_itself", lambda self, model, h, *_: h is own)
+    looked = list(LossFit().looked_at(model, [silent, own, moving], generator_for(0)))
+    assert len(looked) == 1 and looked[0] is moving and torch.equal(moving.y, y)
+    assert list(LossFit().looked_at(model, [], generator_for(0))) == []
+
+
+@pytest.mark.parametrize("backdoor", [False, True])
+def test_what_fires_far_from_its_loss_is_fitted_from_there(backdoor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that ends at three times the trigger: outputs move, and the loss fits only after a fit from there. A
+    clean network's outputs that move alike convict nobody."""
+    g = generator_for(3)
+    r, y = 0.3 * torch.randn(SHAPE, generator=g).sign(), torch.rand(SHAPE, generator=g) * 1.6 - 0.8
+    model = oracle(SHAPE, s0=0.3, r=r, y=y, response=Response(2.0, 1.0)) if backdoor else oracle(SHAPE, s0=0.3)
+    found = replace(hypothesis(3 * r, y, joint("full")), loss_ratio=0.9)
+    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(found))
+    if not backdoor:
+        monkeypatch.setattr(LossFit, "looked_at", lambda self, model, joint, g: iter(joint))
+    detection = LossFit()(model, generator=generator_for(0))
+    assert detection.verdict == ("backdoored" if backdoor else "clean"), detection.scores
+    if backdoor:
+        best = detection.findings[0]
+        assert best is not found and best.loss_ratio < 0.25 and alike(best.trigger, r) > 0.8
+
+
+def test_the_best_beside_its_target_keeps_the_others_of_its_family() -> None:
+    model = oracle(SHAPE, s0=0.5)
+    with model.frozen():
+        found = Search(lead=((2, 4, 3), (1, 4, 3))).led(
+            model, [replace(joint("full"), hopeless=math.inf)], generator_for(0), lambda *_: None
+        )
+    ratios = [h.loss_ratio for h in (found[0], *found[0].others)]
+    assert len(found) == 1 and len(ratios) == 3 and ratios == sorted(ratios)
+
+
 def test_a_patch_that_nearly_fits_gets_no_second_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not refined, so another score over other noise would only be another chance to fit."""
     patch = next(f for f in FAMILIES if f.swept)

@@ -11,7 +11,7 @@ over its pixels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -134,6 +134,7 @@ class Hypothesis:
     size: float = 1.0  # rms of r that power.follow keeps
     patch: Tensor | None = None
     natural: str = ""  # what it does, in words, that a clean network does as well: then it counts as no fit
+    others: list[Hypothesis] = field(default_factory=list)  # of its family, with other triggers, the best first
 
     @property
     def strength(self) -> float:

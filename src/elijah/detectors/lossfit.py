@@ -81,6 +81,8 @@ class LossFit:
                         evidence = self.fit(model, fitted, generator, progress) or evidence
                     if not self.fits_mirrored(model, fitted[0], evidence, generator):
                         break
+                if not (fitted[0].nearly_fits and self.fires(model, fitted[0], evidence)):
+                    evidence = self.look_on(model, fitted, generator, progress) or evidence
             except OutOfBudget:
                 complete = False
         if not evidence:  # else the first is what the evidence is of
@@ -134,6 +136,44 @@ class LossFit:
             fitted[0] = again[0]
             return shown
         return []
+
+    def look_on(
+        self, model: Model, fitted: list[Hypothesis], generator: torch.Generator, progress: Progress
+    ) -> list[Evidence]:
+        """Looks at what all triggers do that were sought beside their targets, though no loss of theirs fits yet.
+
+        One that pulls outputs onto an image is fitted by gradient from there, itself and its faint part. Puts the first
+        that then fits and fires first, and returns its evidence; none if none does.
+        """
+        joint = [h for best in fitted if best.family.joint for h in (best, *best.others) if not h.natural]
+        for h in self.looked_at(model, sorted(joint, key=lambda h: h.loss_ratio), generator):
+            for part in self.parts(model, h):
+                better = self.search.refined(model, part, generator)
+                shown = self.test_outputs(model, better, generator, progress) if better.fits else []
+                if self.pulls(model, better, shown):
+                    fitted[:] = [better, *(other for other in fitted if other.family is not better.family)]
+                    return shown
+        return []
+
+    def looked_at(self, model: Model, joint: list[Hypothesis], generator: torch.Generator) -> Iterator[Hypothesis]:
+        """Those that pull a few outputs under the last sampler onto an image, led there, but not onto their own
+        picture. All are from the same noise."""
+        e, sampler = model.noise(self.samples // 2, generator), self.samplers[-1]
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        without = model.sample(e, sampler, seed=seed) if joint else e
+        for h in joint:
+            shown = Evidence(sampler, model.sample(h.start(e), sampler, seed=seed), without)
+            if pull(model, shown, h.y) >= self.min_pull and not self.shows_itself(model, h, shown, e, seed):
+                h.lead_to(seen_target(model, shown, h.y))
+                yield h
+
+    def parts(self, model: Model, h: Hypothesis) -> Iterator[Hypothesis]:
+        """h, and what is left of its trigger in the joint families of a smaller reach: part of it may be enough."""
+        for family in self.search.families_of(model):
+            if family.joint and family.reach <= h.family.reach:
+                part = replace(h, family=family, others=[])
+                part.set_trigger(h.r)
+                yield part
 
     def alternatives(
         self, model: Model, fitted: list[Hypothesis], generator: torch.Generator

@@ -53,7 +53,7 @@ class Search:
     scales: tuple[float, ...] = (1.4, 0.7, 0.5)
     finer_iterations: int = 3
     enough: float = 0.35
-    lead: tuple[tuple[int, int, int], ...] = ((4, 4, 12), (6, 8, 4), (8, 32, 2))
+    lead: tuple[tuple[int, int, int], ...] = ((4, 4, 12), (6, 8, 4), (8, 32, 4))
     judged_kept: int = 4
     patch_iterations: int = 4
     refine_iterations: int = 24
@@ -111,7 +111,8 @@ class Search:
     def led(
         self, model: Model, families: list[Family], generator: torch.Generator, progress: Progress
     ) -> list[Hypothesis]:
-        """The best start of each family whose trigger shows only beside its target: flat ones from where they lead."""
+        """The best start of each family whose trigger shows only beside its target, with its others: flat ones from
+        where they lead."""
         pairs = [(s, begin(model, f, s, generator)) for f in families if f.joint for s in f.starts]
         settle(model, [h for s, h in pairs if s.level is not None], self.settle_rows // 2, generator)
         group, last = [h for _, h in pairs], len(self.lead) - 1
@@ -129,7 +130,10 @@ class Search:
             group = without(group, over)
             progress("searching: triggers beside their targets", k + 1, len(self.lead))
         self.compare(model, group, 16, generator)
-        return best_of_each(group) + given_up
+        best = best_of_each(group)
+        for h in best:
+            h.others = sorted((o for o in group if o.family is h.family and o is not h), key=lambda o: o.loss_ratio)
+        return best + given_up
 
     def swept(
         self, model: Model, families: list[Family], generator: torch.Generator, progress: Progress
