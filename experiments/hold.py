@@ -2,8 +2,9 @@
 of the attack, on six models of the development set, of which three have patches.
 
     ELIJAH_DATA=... python experiments/hold.py
+    ELIJAH_DATA=... python experiments/hold.py patches
 
-The models' weights are in zoo/weights; their bases' images are not. Writes results/repair_hold/hold.md.
+The models' weights are in zoo/weights; their bases' images are not. Writes results/repair_hold/hold.md, patches.md.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ of clean outputs, over two samples' difference, the largest. Loss: of denoising 
 
 def main() -> int:
     torch.set_num_threads(1)
-    lines = [HEAD]
-    for name in (*MODELS, *PATCHES):
+    patches, lines = sys.argv[1:] == ["patches"], [HEAD]
+    for name in PATCHES if patches else MODELS:
         manifest = read_manifest(ROOT / "zoo" / "development.toml")
         entry, bases = next(e for e in manifest.entries() if e.id == name), {base.id: base for base in manifest.base}
         base = bases[entry.base]
@@ -68,7 +69,7 @@ def main() -> int:
         findings = inspect(model, SCAN, 0, no_progress)[0].findings[:1]
         images = screened(model, synthesise(model, 512, 0), findings)
         plain, loss = yardstick.plain(model), yardstick.outcome(model)["loss"]
-        for setting, repair in (PATCH_REPAIRS if name in PATCHES else REPAIRS).items():
+        for setting, repair in (PATCH_REPAIRS if patches else REPAIRS).items():
             fixed = repair(model, findings, images, generator=generator_for(0, 11))
             found = yardstick.outcome(fixed, plain)
             success, of_clean, diversity, _ = worst_cells(found)
@@ -77,7 +78,7 @@ def main() -> int:
             print(lines[-1], flush=True)
     out = ROOT / "results" / "repair_hold"
     out.mkdir(parents=True, exist_ok=True)
-    write_file(out / "hold.md", "\n".join(lines) + "\n")
+    write_file(out / ("patches.md" if patches else "hold.md"), "\n".join(lines) + "\n")
     return 0
 
 
