@@ -39,6 +39,7 @@ from elijah.detectors.lossfit import VERDICTS, both, correlation, pull
 from elijah.detectors.power import SETTLING, follow, off_by, settle
 from elijah.detectors.search import Search, begin, behind, best_of_each, hopeless, without
 from elijah.diffusion import Model, generator_for
+from elijah.errors import OutOfBudget
 from elijah.response import Response, trigger_coefficient
 
 SOURCE = Path(elijah.__file__).parent
@@ -887,7 +888,8 @@ def test_only_what_moves_outputs_onto_another_image_than_its_own_is_looked_at_ag
     silent.y = 0.9 * y
     monkeypatch.setattr(LossFit, "shows_itself", lambda self, model, h, *_: h is own)
     looked = list(LossFit().looked_at(model, [silent, own, moving], generator_for(0)))
-    assert len(looked) == 1 and looked[0] is moving and torch.equal(moving.y, y)
+    assert len(looked) == 1 and looked[0].r is moving.r and torch.equal(looked[0].y, y)
+    assert torch.equal(moving.y, 0.9 * y)
     assert list(LossFit().looked_at(model, [], generator_for(0))) == []
 
 
@@ -907,6 +909,18 @@ def test_what_fires_far_from_its_loss_is_fitted_from_there(backdoor: bool, monke
     if backdoor:
         best = detection.findings[0]
         assert best is not found and best.loss_ratio < 0.25 and alike(best.trigger, r) > 0.8
+
+
+def test_a_limit_that_ends_the_look_leaves_nothing_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    def over(*_: Any) -> list[Evidence]:
+        raise OutOfBudget("a limit")
+
+    h = replace(hypothesis(torch.ones(SHAPE), torch.zeros(SHAPE)), loss_ratio=0.9)
+    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(h))
+    assert LossFit()(oracle(SHAPE), generator=generator_for(0)).verdict == "clean"
+    monkeypatch.setattr(LossFit, "look_on", over)
+    found = LossFit()(oracle(SHAPE), generator=generator_for(0))
+    assert found.verdict == "undecided" and "a limit stopped" in found.reason and not found.complete
 
 
 def test_the_best_beside_its_target_keeps_the_others_of_its_family() -> None:

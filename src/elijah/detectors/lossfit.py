@@ -158,14 +158,17 @@ class LossFit:
     def looked_at(self, model: Model, joint: list[Hypothesis], generator: torch.Generator) -> Iterator[Hypothesis]:
         """Those that pull a few outputs under the last sampler onto an image, led there, but not onto their own
         picture. All are from the same noise."""
+        if not joint:
+            return
         e, sampler = model.noise(self.samples // 2, generator), self.samplers[-1]
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        without = model.sample(e, sampler, seed=seed) if joint else e
+        without = model.sample(e, sampler, seed=seed)
         for h in joint:
             shown = Evidence(sampler, model.sample(h.start(e), sampler, seed=seed), without)
             if pull(model, shown, h.y) >= self.min_pull and not self.shows_itself(model, h, shown, e, seed):
-                h.lead_to(seen_target(model, shown, h.y))
-                yield h
+                moving = replace(h)
+                moving.lead_to(seen_target(model, shown, h.y))
+                yield moving
 
     def parts(self, model: Model, h: Hypothesis) -> Iterator[Hypothesis]:
         """h, and what is left of its trigger in the joint families of a smaller reach: part of it may be enough."""
@@ -282,7 +285,8 @@ class LossFit:
             thresholds["pull"] = Threshold(self.min_pull, "above")
             fires = best.nearly_fits and self.fires(model, best, evidence)
             fits = best.fits or (fires and best.loss_ratio <= best.family.max_if_fires)
-            verdict, reason = VERDICTS[fits, fires]
+            if complete or fits or fires:
+                verdict, reason = VERDICTS[fits, fires]
             if verdict == "clean" and (passed := next((h.natural for h in fitted if h.natural), "")):
                 reason += f", but for one {passed}"
             distribution = fires and scores["pull"] < self.min_pull
