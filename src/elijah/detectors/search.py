@@ -48,7 +48,7 @@ class Search:
     """
 
     follow: tuple[tuple[int, int, int], ...] = ((4, 4, 22), (4, 4, 6), (6, 8, 3), (6, 8, 1))
-    slack: tuple[float, ...] = (1.5, 1.0)
+    slack: tuple[float, ...] = (1.5, 1.5)
     ahead: float = 4.0
     scales: tuple[float, ...] = (1.4, 0.7, 0.5)
     finer_iterations: int = 3
