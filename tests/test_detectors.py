@@ -72,6 +72,10 @@ def truth(k: int, norm: float = 3.0) -> tuple[Model, torch.Tensor, torch.Tensor]
     return oracle(SHAPE, seed=k, r=r, y=y), r, y
 
 
+def named(name: str) -> Family:
+    return next(f for f in FAMILIES if f.name == name)
+
+
 def alike(one: torch.Tensor, other: torch.Tensor) -> float:
     return cosine_similarity(one.flatten(), other.flatten(), 0).item()
 
@@ -229,7 +233,7 @@ def drawn_from(model: Model, r: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("backdoor", [False, True])
 def test_a_trigger_s_own_picture_is_told_by_its_mirror_image(backdoor: bool) -> None:
     """A clean network draws a large shift of the noise as an image, and the mirrored shift as the mirrored one."""
-    full = next(f for f in FAMILIES if f.name == "full")
+    full = named("full")
     if backdoor:
         _, r, y = truth(2, norm=6.0)
         model = oracle(SHAPE, seed=2, r=r, y=y, response=Response(2.0, 1.0))
@@ -250,7 +254,7 @@ def test_a_target_unlike_its_trigger_is_no_picture_of_it_however_the_network_mir
 ) -> None:
     """An attacker may poison with mirrored pairs too: here all outputs are the mirrored target."""
     model, r, y = truth(2, norm=6.0)
-    full = next(f for f in FAMILIES if f.name == "full")
+    full = named("full")
     assert abs(correlation(r, y)) < 0.5 and correlation(r, 2 * r + 1) == pytest.approx(1.0)
     assert correlation(torch.ones(SHAPE), y) == 0.0
     e, far = torch.zeros(4, *SHAPE), -y.flip(0).expand(4, *SHAPE)
@@ -265,7 +269,7 @@ def test_a_target_unlike_its_trigger_is_no_picture_of_it_however_the_network_mir
 def test_where_an_image_is_its_own_mirror_image_nothing_is_told() -> None:
     model, r = oracle(SHAPE, s0=0.3), torch.full(SHAPE, 4.0)
     model.network.m = torch.zeros(SHAPE)
-    full = next(f for f in FAMILIES if f.name == "full")
+    full = named("full")
     h = replace(hypothesis(r, drawn_from(model, r), full), loss_ratio=0.1)
     shown = LossFit().test_outputs(model, h, generator_for(0), lambda *_: None)
     assert pull(model, shown[0], h.y) >= 0.3 and not h.natural and LossFit().pulls(model, h, shown)
@@ -274,7 +278,7 @@ def test_where_an_image_is_its_own_mirror_image_nothing_is_told() -> None:
 def test_an_own_picture_is_passed_over_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best but one is tested in its place; a verdict of clean says why a small loss counts for nothing."""
     model, r, y = truth(2, norm=5.0)
-    full, zero = (next(f for f in FAMILIES if f.name == name) for name in ("full", "zero"))
+    full, zero = map(named, ("full", "zero"))
     both = [replace(hypothesis(r, y, full), loss_ratio=0.1), replace(hypothesis(-r, y, zero), loss_ratio=0.9)]
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.extend(both))
     monkeypatch.setattr(LossFit, "shows_itself", lambda *_: True)
@@ -291,7 +295,7 @@ def test_a_loss_that_fits_the_mirrored_trigger_as_well_is_a_clean_networks(
 ) -> None:
     """Where nothing fires; the next best hypothesis is judged in its place, and the reason says so."""
     model, r, y = truth(2)
-    half, faint = (next(f for f in FAMILIES if f.name == name) for name in ("half", "half_faint"))
+    half, faint = map(named, ("half", "half_faint"))
     both = [replace(hypothesis(r, y, faint), loss_ratio=0.1), replace(hypothesis(-r, y, half), loss_ratio=0.9)]
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.extend(both))
     monkeypatch.setattr(LossFit, "pulls", lambda *_: False)
@@ -308,7 +312,7 @@ def test_what_fires_or_does_not_fit_or_is_its_own_mirror_image_is_not_passed_ove
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, r, y = truth(2)
-    faint, full = (next(f for f in FAMILIES if f.name == name) for name in ("half_faint", "full"))
+    faint, full = map(named, ("half_faint", "full"))
     monkeypatch.setattr(Search, "score", lambda *_: 0.1)
     nearly_flat = torch.full(SHAPE, 0.3) + 0.05 * r
     for trigger, family, loss, fires in (
@@ -326,7 +330,7 @@ def test_what_fires_or_does_not_fit_or_is_its_own_mirror_image_is_not_passed_ove
 def test_an_attacked_network_answers_one_trigger_and_not_its_mirror_image(k: int) -> None:
     """The closed-form network: the loss of the true trigger is far below that of any mirrored one."""
     model, r, y = truth(k)
-    half = next(f for f in FAMILIES if f.name == "half")
+    half = named("half")
     with model.frozen():
         own, *mirrored = (
             Search().score(model, hypothesis(r.flip(dims), y.flip(dims), half), generator_for(0))
@@ -623,7 +627,7 @@ def test_families_far_behind_one_that_fits_are_given_up() -> None:
 
 def test_a_family_beside_its_target_is_given_up_by_what_judges_it() -> None:
     """After its first round the kept are compared in both ranges, and what is hopeless there gets no other round."""
-    model, full = oracle(SHAPE, s0=0.5), next(f for f in FAMILIES if f.name == "full")
+    model, full = oracle(SHAPE, s0=0.5), named("full")
     model.meter.evaluations = 0
     with model.frozen():
         found = Search(lead=((2, 4, 2), (5, 8, 1))).led(
@@ -719,7 +723,7 @@ def test_trigger_and_target_come_out_of_one_regression() -> None:
     r, y = torch.linspace(-0.9, 0.9, 192).reshape(SHAPE), torch.full(SHAPE, 0.4)
     model = oracle(SHAPE, r=r, y=y, response=Response(2.0, 1.0))
     model.network.rate = 1.0  # type: ignore[assignment]
-    h = hypothesis(torch.zeros(SHAPE), torch.zeros(SHAPE), next(f for f in FAMILIES if f.name == "full"))
+    h = hypothesis(torch.zeros(SHAPE), torch.zeros(SHAPE), named("full"))
     e, t = antithetic(model, 8, *h.family.start_window, generator_for(0))
     ((error, _),) = errors(model, [h], [(e, t)])
     torch.testing.assert_close(off_by(model, h, error, t), -0.5 * torch.stack([r, y]), atol=1e-3, rtol=0)
@@ -730,7 +734,7 @@ def test_trigger_and_target_come_out_of_one_regression() -> None:
 def test_a_random_start_comes_to_trigger_and_target_together() -> None:
     """On the mixture of a clean and a poisoned branch, from where the clean one answers."""
     r, y = torch.full(SHAPE, -0.9), torch.linspace(-0.9, 0.9, 192).reshape(SHAPE)
-    model, family = oracle(SHAPE, r=r, y=y, response=Response(2.0, 1.0)), next(f for f in FAMILIES if f.name == "full")
+    model, family = oracle(SHAPE, r=r, y=y, response=Response(2.0, 1.0)), named("full")
     search, fitted = Search(families=(family,)), []
     with model.frozen():
         search(model, generator_for(0), fitted, lambda *_: None)
@@ -741,7 +745,7 @@ def test_gamma_is_read_off_the_noise_that_is_left() -> None:
     """A network that answers e on gamma* e + r* tells gamma*: gamma / (1 + the share of e in the error)."""
     r, y = torch.full(SHAPE, 0.3), torch.full(SHAPE, 0.2)
     model = oracle(SHAPE, r=r, y=y, response=Response(0.0, 0.0))
-    family = replace(next(f for f in FAMILIES if f.name == "zero"), response=Response(0.0, 0.0, 0.8))
+    family = replace(named("zero"), response=Response(0.0, 0.0, 0.8))
     h = begin(model, family, Start(0.3, 1), generator_for(0))
     model.network.rate = 1.0  # type: ignore[assignment]
     follow(
@@ -788,7 +792,7 @@ def test_the_rule(kind: str, loss: float, fires: bool, verdict: str) -> None:
 
 
 def test_a_black_start_may_have_a_grey_hole() -> None:
-    family = next(f for f in FAMILIES if f.name == "full")
+    family = named("full")
     r = begin(oracle(SHAPE), family, Start(0.87, -1, (1, 2)), generator_for(0)).r
     hole = torch.zeros(SHAPE, dtype=torch.bool)
     hole[:, 2:6, 4:8] = True
@@ -825,7 +829,7 @@ def test_where_nothing_fits_what_is_not_hopeless_is_refined(
 def test_a_distribution_is_looked_for_in_more_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss fits whose target may be a distribution: 16 samples do not show it, 64 do."""
     model, r, y = truth(2)
-    zero = next(f for f in FAMILIES if f.name == "zero")
+    zero = named("zero")
     fits = replace(hypothesis(r, y, zero), loss_ratio=0.05)
     asked = []
 
@@ -855,14 +859,10 @@ def test_what_fires_and_nearly_fits_is_fitted_before_the_verdict(monkeypatch: py
     assert found.verdict == "backdoored" and found.findings[0].loss_ratio == 0.03
 
 
-def joint(name: str) -> Family:
-    return next(f for f in FAMILIES if f.name == name)
-
-
 def test_of_a_trigger_that_fires_the_faint_part_is_tried_too() -> None:
     """In the joint families that reach no further than its own, cut to that; latent models have no faint ones."""
     model, r = oracle(SHAPE), torch.linspace(-1, 1, 192).reshape(SHAPE)
-    h = replace(hypothesis(r, torch.zeros(SHAPE), joint("full")), others=[hypothesis(-r, r)])
+    h = replace(hypothesis(r, torch.zeros(SHAPE), named("full")), others=[hypothesis(-r, r)])
     same, faint = LossFit().parts(model, h)
     assert same.family.name == "full" and torch.equal(same.r, r) and same is not h and not same.others
     assert faint.family.name == "full_faint" and torch.equal(faint.r, r.clamp(-0.35, 0.35)) and faint.y is h.y
@@ -875,7 +875,7 @@ def test_only_what_moves_outputs_onto_another_image_than_its_own_is_looked_at_ag
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, r, y = truth(2, norm=6.0)
-    full = joint("full")
+    full = named("full")
     silent, own, moving = hypothesis(-r, -y, full), hypothesis(r, r, full), hypothesis(r / 2, 0.9 * y, full)
     outputs = {id(silent.r): -y, id(own.r): own.y, id(moving.r): y}
     monkeypatch.setattr(Hypothesis, "start", lambda self, e: outputs[id(self.r)].expand(8, *SHAPE))
@@ -900,7 +900,7 @@ def test_what_fires_far_from_its_loss_is_fitted_from_there(backdoor: bool, monke
     g = generator_for(3)
     r, y = 0.3 * torch.randn(SHAPE, generator=g).sign(), torch.rand(SHAPE, generator=g) * 1.6 - 0.8
     model = oracle(SHAPE, s0=0.3, r=r, y=y, response=Response(2.0, 1.0)) if backdoor else oracle(SHAPE, s0=0.3)
-    found = replace(hypothesis(3 * r, y, joint("full")), loss_ratio=0.9)
+    found = replace(hypothesis(3 * r, y, named("full")), loss_ratio=0.9)
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(found))
     if not backdoor:
         monkeypatch.setattr(LossFit, "looked_at", lambda self, model, joint, g: iter(joint))
@@ -927,7 +927,7 @@ def test_the_best_beside_its_target_keeps_the_others_of_its_family() -> None:
     model = oracle(SHAPE, s0=0.5)
     with model.frozen():
         found = Search(lead=((2, 4, 3), (1, 4, 3))).led(
-            model, [replace(joint("full"), hopeless=math.inf)], generator_for(0), lambda *_: None
+            model, [replace(named("full"), hopeless=math.inf)], generator_for(0), lambda *_: None
         )
     ratios = [h.loss_ratio for h in (found[0], *found[0].others)]
     assert len(found) == 1 and len(ratios) == 3 and ratios == sorted(ratios)
