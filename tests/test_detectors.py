@@ -863,12 +863,25 @@ def test_of_a_trigger_that_fires_the_faint_part_is_tried_too() -> None:
     """In the joint families that reach no further than its own, cut to that; latent models have no faint ones."""
     model, r = oracle(SHAPE), torch.linspace(-1, 1, 192).reshape(SHAPE)
     h = replace(hypothesis(r, torch.zeros(SHAPE), named("full")), others=[hypothesis(-r, r)])
-    same, faint = LossFit().parts(model, h)
+    every = LossFit(max_begin=math.inf)
+    same, faint = every.parts(model, h, generator_for(0))
     assert same.family.name == "full" and torch.equal(same.r, r) and same is not h and not same.others
     assert faint.family.name == "full_faint" and torch.equal(faint.r, r.clamp(-0.35, 0.35)) and faint.y is h.y
-    assert [part.family.name for part in LossFit().parts(model, faint)] == ["full_faint"]
+    assert [part.family.name for part in every.parts(model, faint, generator_for(0))] == ["full_faint"]
     latent = replace(model, kind="ldm")
-    assert [part.family.name for part in LossFit().parts(latent, h)] == ["full"]
+    assert [part.family.name for part in every.parts(latent, h, generator_for(0))] == ["full"]
+
+
+def test_what_is_far_from_any_fit_is_not_fitted_by_gradient() -> None:
+    """Three times an attacker's trigger, and its faint part, are within reach of a fit; a clean network's are not."""
+    g = generator_for(3)
+    r, y = 0.3 * torch.randn(SHAPE, generator=g).sign(), torch.rand(SHAPE, generator=g) * 1.6 - 0.8
+    h = hypothesis(3 * r, y, named("full"))
+    clean = oracle(SHAPE, s0=0.3)
+    attacked = oracle(SHAPE, s0=0.3, r=r, y=y, response=Response(2.0, 1.0))
+    assert [part.family.name for part in LossFit().parts(attacked, h, g)] == ["full", "full_faint"]
+    assert list(LossFit().parts(clean, h, g)) == []
+    assert len(list(LossFit(max_begin=math.inf).parts(clean, h, g))) == 2
 
 
 def test_only_what_moves_outputs_onto_another_image_than_its_own_is_looked_at_again(

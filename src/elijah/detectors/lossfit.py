@@ -42,6 +42,7 @@ class LossFit:
     changed up to this p-value of being draws from one distribution. min_likeness: the correlation of a trigger with its
     own picture. min_change: what mirroring must change of a trigger to tell; max_mirrored: the mirrored one's loss,
     over its own, up to which both are a clean network's.
+    max_begin: the loss ratio up to which a trigger that fires is fitted by gradient; a clean network's is near 1.
     Where a loss nearly fits and the outputs do not say so, what else could fire is tested (alternatives), in the end
     after a fit by gradient from there and under more samplers (careful_*).
     """
@@ -64,6 +65,7 @@ class LossFit:
     min_change: float = 0.5
     max_mirrored: float = 2.0
     max_shift_p: float = 0.01
+    max_begin: float = 1.25
 
     def __call__(self, model: Model, *, generator: torch.Generator, progress: Progress = no_progress) -> Detection:
         """Inverts, tests the outputs of the best hypothesis, and applies the rule. Stops at the model's limits."""
@@ -147,7 +149,7 @@ class LossFit:
         """
         joint = [h for best in fitted if best.family.joint for h in (best, *best.others) if not h.natural]
         for h in self.looked_at(model, sorted(joint, key=lambda h: h.loss_ratio), generator):
-            for part in self.parts(model, h):
+            for part in self.parts(model, h, generator):
                 better = self.search.refined(model, part, generator)
                 shown = self.test_outputs(model, better, generator, progress) if better.fits else []
                 if self.pulls(model, better, shown):
@@ -170,13 +172,18 @@ class LossFit:
                 moving.lead_to(seen_target(model, shown, h.y))
                 yield moving
 
-    def parts(self, model: Model, h: Hypothesis) -> Iterator[Hypothesis]:
-        """h, and what is left of its trigger in the joint families of a smaller reach: part of it may be enough."""
+    def parts(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Iterator[Hypothesis]:
+        """h, and what is left of its trigger in the joint families of a smaller reach: part of it may be enough.
+
+        But for what is so far from a fit that none is near.
+        """
         for family in self.search.families_of(model):
             if family.joint and family.reach <= h.family.reach:
                 part = replace(h, family=family, others=[])
                 part.set_trigger(h.r)
-                yield part
+                self.search.compare(model, [part], 16, generator)
+                if part.loss_ratio <= self.max_begin:
+                    yield part
 
     def alternatives(
         self, model: Model, fitted: list[Hypothesis], generator: torch.Generator
