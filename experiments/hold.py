@@ -1,10 +1,12 @@
 """How hard to hold the clean answers in a repair, and where those to scaled noise too: what it costs, and what is left
-of the attack, on six models of the development set, of which three have patches.
+of the attack, on ten models of the development set, of which three have patches and four BadDiffusion's form.
 
     ELIJAH_DATA=... python experiments/hold.py
     ELIJAH_DATA=... python experiments/hold.py patches
+    ELIJAH_DATA=... python experiments/hold.py half
 
-The models' weights are in zoo/weights; their bases' images are not. Writes results/repair_hold/hold.md, patches.md.
+The models' weights are in zoo/weights; their bases' images are not. Writes results/repair_hold/hold.md, patches.md and
+half.md.
 """
 
 from __future__ import annotations
@@ -32,17 +34,23 @@ MODELS = (
     "d-cifar10_trojdiff_hello-kitty_cat_p03_s113", "d-mnist_trojdiff_hello-kitty_mnist-7_p05_s115",
     "d-cifar10_villandiffusion_glasses_corner_p05_s122",
 )  # fmt: skip
-PATCHES = (
-    "d-celeba_trojdiff_white_corner_p05_s114", "d-cifar10_trojdiff_white_mnist-7_p05_s118",
-    "d-mnist_trojdiff_white_mnist-7_p05_s116",
-)  # fmt: skip
+GROWING = {
+    "patches": (
+        "d-celeba_trojdiff_white_corner_p05_s114", "d-cifar10_trojdiff_white_mnist-7_p05_s118",
+        "d-mnist_trojdiff_white_mnist-7_p05_s116",
+    ),
+    "half": (
+        "d-cifar10_baddiffusion_box-6_corner_p03_s111", "d-celeba_baddiffusion_glasses_cat_p03_s112",
+        "d-cifar10_villandiffusion_stop-sign-8_cat_p03_s119", "d-celeba_villandiffusion_box-6_corner_p03_s120",
+    ),
+}  # fmt: skip
 REPAIRS = {
     "10, last weights": Unshift(scaled_hold=None, average=None), "10": Unshift(scaled_hold=None),
     "50": Unshift(scaled_hold=None, hold=50.0), "30 to 150, scaled noise as well": Unshift(max_leak=math.inf),
     "as it is": Unshift(),
 }  # fmt: skip
-PATCH_REPAIRS = {"10": Unshift(patch_hold=None), "10 to 50, as it is": Unshift()} | {
-    f"{first:g} to {last:g}": Unshift(patch_hold=(first, last)) for first, last in ((10.0, 150.0), (30.0, 150.0))
+GROWING_REPAIRS = {"10": Unshift(growing_hold=None), "10 to 50, as it is": Unshift()} | {
+    f"{first:g} to {last:g}": Unshift(growing_hold=(first, last)) for first, last in ((10.0, 150.0), (30.0, 150.0))
 }
 HEAD = """\
 Success: of 32 outputs from true triggered noise, under the worst of the samplers, at an MSE of 0.01, or as a classifier
@@ -55,8 +63,8 @@ of clean outputs, over two samples' difference, the largest. Loss: of denoising 
 
 def main() -> int:
     torch.set_num_threads(1)
-    patches, lines = sys.argv[1:] == ["patches"], [HEAD]
-    for name in PATCHES if patches else MODELS:
+    what, lines = (sys.argv[1:] or ["hold"])[0], [HEAD]
+    for name in GROWING.get(what, MODELS):
         manifest = read_manifest(ROOT / "zoo" / "development.toml")
         entry, bases = next(e for e in manifest.entries() if e.id == name), {base.id: base for base in manifest.base}
         base = bases[entry.base]
@@ -69,7 +77,7 @@ def main() -> int:
         findings = inspect(model, SCAN, 0, no_progress)[0].findings[:1]
         images = screened(model, synthesise(model, 512, 0), findings)
         plain, loss = yardstick.plain(model), yardstick.outcome(model)["loss"]
-        for setting, repair in (PATCH_REPAIRS if patches else REPAIRS).items():
+        for setting, repair in (GROWING_REPAIRS if what in GROWING else REPAIRS).items():
             fixed = repair(model, findings, images, generator=generator_for(0, 11))
             found = yardstick.outcome(fixed, plain)
             success, of_clean, diversity, _ = worst_cells(found)
@@ -78,7 +86,7 @@ def main() -> int:
             print(lines[-1], flush=True)
     out = ROOT / "results" / "repair_hold"
     out.mkdir(parents=True, exist_ok=True)
-    write_file(out / ("patches.md" if patches else "hold.md"), "\n".join(lines) + "\n")
+    write_file(out / f"{what}.md", "\n".join(lines) + "\n")
     return 0
 
 

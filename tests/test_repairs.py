@@ -203,15 +203,17 @@ def test_answers_to_noise_that_is_scaled_without_a_trigger_are_held_too() -> Non
 
 
 def test_how_hard_clean_answers_are_held() -> None:
-    """Harder as the repair goes on where scaled noise is held as well, and where all triggers are patches."""
-    patch = replace(found(), patch=torch.ones(1, *SHAPE[1:]))
-    repair = Unshift(hold=3.0, scaled_hold=(4.0, 16.0), patch_hold=(5.0, 20.0))
+    """Harder as the repair goes on where scaled noise is held as well, and where all triggers are patches or of
+    BadDiffusion's form."""
+    patch, bad = replace(found(), patch=torch.ones(1, *SHAPE[1:])), found(response=Response(1.0, 1.0))
+    ode = found(response=Response(2.0, 1.0))
+    repair = Unshift(hold=3.0, scaled_hold=(4.0, 16.0), growing_hold=(5.0, 20.0))
     for done, scaled, patched in (0.0, 4, 5), (0.5, 8, 10), (1.0, 16, 20):
-        assert repair.hold_at(done, [found(), patch]) == pytest.approx(3)
-        assert repair.hold_at(done, [found(), found()], [1.0, 0.6]) == pytest.approx(scaled)
-        assert repair.hold_at(done, [patch, patch], [1.0, 1.0]) == pytest.approx(patched)
+        assert repair.hold_at(done, [ode, patch]) == pytest.approx(3)
+        assert repair.hold_at(done, [ode, ode], [1.0, 0.6]) == pytest.approx(scaled)
+        assert repair.hold_at(done, [patch, bad], [1.0, 1.0]) == pytest.approx(patched)
         assert Distill().hold_at(done, [patch]) == pytest.approx(10)
-        assert Unshift(hold=0.0).hold_at(done, [found()]) == 0
+        assert Unshift(hold=0.0).hold_at(done, [ode]) == 0
     model, x0 = oracle(SHAPE, s0=0.5, seed=9), torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5
     still, losses = replace(patch, trigger=torch.zeros(SHAPE), distribution=True), []
     for model.updates in (0, 100):
@@ -279,7 +281,7 @@ def test_clean_answers_are_held_with_the_weight_of_the_image_s_error() -> None:
         return (s / a).square().clamp(1, 7) * (a * s / (a**2 * 0.25 + s**2)).square() * apart
 
     fit = (model.eps(model.diffuse(x0, e_held, t_held), t_held) - e_held).square().mean()
-    repair = Unshift(group=16, most=7.0, hold=3.0, t_min=0.2)
+    repair = Unshift(group=16, most=7.0, hold=3.0, growing_hold=None, t_min=0.2)
     loss = repair.loss(model, reference, [still], x0, generator_for(2)).item()
     assert loss == pytest.approx((2 * squared(t).mean() + 3 * squared(t_held).mean() + fit).item(), rel=1e-3)
 
@@ -359,7 +361,7 @@ def test_distill_is_unshift_from_other_weights(digits: torch.Tensor, monkeypatch
         return left(self, m, teacher, *more)
 
     monkeypatch.setattr(Distill, "left", taught)
-    repairs = (Unshift(average=None, **rows), Distill(kept=(1.0,), **rows), Distill(**rows))
+    repairs = (Unshift(average=None, growing_hold=None, **rows), Distill(kept=(1.0,), **rows), Distill(**rows))
     ended = [weights(repair(model, [found()], digits, generator=generator_for(0))) for repair in repairs]
     assert all(torch.allclose(ended[0][name], ended[1][name], atol=1e-6) for name in ended[0])
     assert not all(torch.allclose(ended[0][name], ended[2][name], atol=1e-2) for name in ended[0])

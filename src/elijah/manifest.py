@@ -57,6 +57,7 @@ class Base(Strict):
     noise_offset: float = 0.0
     flip: bool = False
     widths: tuple[int, ...] | None = None
+    sigma_max: float | None = Field(None, gt=1)  # of bases of kind ncsn, in place of new_model's
     training: Training
     autoencoder_steps: int = Field(2000, ge=1)  # of latent bases
     fid: int = Field(0, ge=0)  # samples for the FID of the base and of each of its models; 0: none
@@ -155,6 +156,8 @@ def check(manifest: Manifest, path: Path) -> None:
         if base.kind not in KINDS:
             raise ElijahError(f"{path}: {base.id}: unknown kind {base.kind!r}: use one of {', '.join(KINDS)}")
         earlier = {b.id for b in manifest.base[:k] if b.kind == "ldm"}
+        if base.sigma_max and base.kind != "ncsn":
+            raise ElijahError(f"{path}: {base.id}: sigma_max is for kind ncsn, this base is {base.kind}")
         if base.autoencoder and (base.kind != "ldm" or base.autoencoder not in earlier):
             raise ElijahError(f"{path}: {base.id}: no latent base {base.autoencoder} before it, or it is not latent")
     for entry in entries:

@@ -147,7 +147,9 @@ def build_base(base: Base, bases: dict[str, Base], cache: Path, digests: dict[st
             autoencoder = train_autoencoder(images, steps=base.autoencoder_steps, seed=base.seed)
         shape = (3, base.size // 4, base.size // 4)
     how = Optimiser(base.training.steps, lr=base.training.lr, warmup=base.training.steps // 20, ema_decay=0.999)
-    fresh = new_model(shape, seed=base.seed, channels=base.widths, kind=base.kind, autoencoder=autoencoder)
+    fresh = new_model(
+        shape, seed=base.seed, channels=base.widths, kind=base.kind, autoencoder=autoencoder, sigma_max=base.sigma_max
+    )
     checkpoint = cache / f"{base.id}.ckpt"
     trained = train(
         images, how, seed=base.seed, batch_size=base.training.batch_size, flip=base.flip,

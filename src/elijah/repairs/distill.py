@@ -34,7 +34,7 @@ class Distill(Unshift):
 
     steps: int = 400
     scaled_hold: tuple[float, float] | None = None
-    patch_hold: tuple[float, float] | None = None
+    growing_hold: tuple[float, float] | None = None
     average: float | None = None
     kept: tuple[float, ...] = (1.0, 0.7, 0.1)
 

@@ -59,8 +59,8 @@ class Unshift:
 
     carried_share: of the rows with c = s; target_share, target_t_min: of the attacker's rows, and of T, where they
     begin; group: rows of one t; most, hold: in the loss above; scaled_hold: hold at the first and at the last update
-    where scaled noise is held as well, which it is up to a leak of max_leak, and never if None; patch_hold: the same
-    where all triggers are patches, and hold if None; average: the decay of the moving average, none if it is None.
+    where scaled noise is held as well, which it is up to a leak of max_leak, and never if None; growing_hold:
+    the same where every trigger is a patch or of BadDiffusion's form, and hold if None; average: the decay of the moving average, none if it is None.
     """
 
     steps: int = 100
@@ -75,7 +75,7 @@ class Unshift:
     most: float = 10.0
     hold: float = 10.0
     scaled_hold: tuple[float, float] | None = (30.0, 150.0)
-    patch_hold: tuple[float, float] | None = (10.0, 50.0)
+    growing_hold: tuple[float, float] | None = (10.0, 50.0)
     max_leak: float = 0.25
     average: float | None = 0.95
 
@@ -135,8 +135,8 @@ class Unshift:
         course = (self.hold, self.hold)
         if self.scaled_hold and min(held) < 1:
             course = self.scaled_hold
-        elif self.patch_hold and all(f.patch is not None for f in findings):
-            course = self.patch_hold
+        elif self.growing_hold and all(f.patch is not None or shows_first(f) for f in findings):
+            course = self.growing_hold
         return float(course[0] ** (1 - done) * course[1] ** done)
 
     def left(
@@ -220,6 +220,11 @@ def leak(model: Model, gamma: float, x0: Tensor, g: torch.Generator) -> float:
     x0, t, e = x0.to(model.device), t.to(model.device), torch.randn(x0.shape, generator=g).to(model.device)
     answered = float((model.eps(model.diffuse(x0, gamma * e, t), t) * e).sum() / e.square().sum())
     return (answered - gamma) / (1 - gamma)
+
+
+def shows_first(finding: Finding) -> bool:
+    """Whether the trigger is answered otherwise than noise from the first step on, as in BadDiffusion's form."""
+    return (finding.response.kappa, finding.response.psi) == (1.0, 1.0)
 
 
 def one_target(finding: Finding) -> Tensor | None:
