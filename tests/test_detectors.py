@@ -35,7 +35,7 @@ from elijah.detectors.hypothesis import (
     spectrum,
     steadiness,
 )
-from elijah.detectors.lossfit import VERDICTS, both, correlation, pull
+from elijah.detectors.lossfit import FITS_NEGATIVE, VERDICTS, both, correlation, pull
 from elijah.detectors.power import SETTLING, follow, off_by, settle
 from elijah.detectors.search import Search, begin, behind, best_of_each, hopeless, without
 from elijah.diffusion import Model, generator_for
@@ -337,6 +337,57 @@ def test_an_attacked_network_answers_one_trigger_and_not_its_mirror_image(k: int
             for dims in ((), (-1,), (-2,), (-1, -2))
         )
     assert min(mirrored) > 2 * LossFit().max_mirrored * own
+
+
+class Shifted(torch.nn.Module):
+    """A variance-exploding network that answers noise e with e, but halved along r, on one side of 0 or on both."""
+
+    def __init__(self, r: torch.Tensor, both_sides: bool) -> None:
+        super().__init__()
+        self.r, self.both_sides = torch.nn.Parameter(r), both_sides
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+        e = x / sigma[:, None, None, None]
+        along = (e * self.r).sum((1, 2, 3), keepdim=True) / self.r.square().sum()
+        known = along if self.both_sides else (along > 0.5) * torch.ones_like(along)
+        return (-(e - 0.5 * known * self.r) / sigma[:, None, None, None],)
+
+
+def exploding(r: torch.Tensor, both_sides: bool) -> Model:
+    """The model of Shifted."""
+    model = new_model(SHAPE, seed=0, channels=(8, 8), kind="ncsn")
+    return replace(model, network=Shifted(r, both_sides))
+
+
+@pytest.mark.parametrize("backdoor", [False, True])
+def test_on_exploding_models_the_negative_of_the_trigger_tells_a_clean_network(backdoor: bool) -> None:
+    """One that answers with half of any shift fits both; an attacked one answers so to its trigger alone."""
+    r = torch.full(SHAPE, 0.8)
+    model, ve = exploding(r, both_sides=not backdoor), named("ve")
+    h = hypothesis(r, torch.zeros(SHAPE), ve)
+    with model.frozen():
+        h.loss_ratio = Search().score(model, h, generator_for(0))
+        assert h.fits
+        passed = LossFit().fits_mirrored(model, h, [], generator_for(1))
+    assert passed is not backdoor and (h.natural == FITS_NEGATIVE) is not backdoor
+    assert math.isinf(h.strength) is not backdoor
+
+
+def test_on_exploding_models_outputs_that_become_the_trigger_are_its_own_picture() -> None:
+    r, y = torch.full(SHAPE, 0.9), torch.linspace(0, 0.5, 192).reshape(SHAPE)
+    model, ve, far = exploding(r, both_sides=True), named("ve"), torch.rand(4, *SHAPE, generator=generator_for(2)) / 3
+    for drawn, own in ((r - 0.05, True), (y, False)):
+        h = replace(hypothesis(r, drawn, ve), loss_ratio=0.01)
+        shown = Evidence("pc-5", drawn.expand(4, *SHAPE), far)
+        assert LossFit().shows_itself(model, h, shown, far, 0) is own
+
+
+def test_a_model_with_nothing_but_what_is_passed_over_is_as_suspicious_as_a_clean_network() -> None:
+    h = replace(hypothesis(torch.ones(SHAPE), torch.zeros(SHAPE), named("ve")), loss_ratio=0.01, natural=FITS_NEGATIVE)
+    shown = Evidence("pc-5", torch.zeros(2, *SHAPE), torch.zeros(2, *SHAPE))
+    found = LossFit().judge(exploding(h.r, both_sides=True), [h], [shown], True)
+    assert found.verdict == "clean" and "negative" in found.reason
+    assert found.scores["suspicion"] == pytest.approx(math.log10(named("ve").max_loss_ratio))
 
 
 # --- Collapse ---------------------------------------------------------------------------------------------------------

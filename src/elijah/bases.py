@@ -34,9 +34,9 @@ def new_model(
 
     sample_shape: (C, H, W), H = W; for kind ldm that of the latents, with their autoencoder. channels: one width a
     resolution; by default about 1.1 M parameters at 16 x 16 and 2.8 M at 32 x 32 and above. Noise schedules: DDPM's
-    (1e-4 to 0.02, linear, 1000 steps), LDM's, and for ncsn 2000 sigmas from 0.01 to 380, or to sigma_max: as large as the
-    largest distance between two images will do (Song and Ermon 2020, technique 1). Networks that predict epsilon begin
-    with the answer eps(x) = x (answer_input).
+    (1e-4 to 0.02, linear, 1000 steps), LDM's, and for ncsn 2000 sigmas from 0.01 to 380, or to sigma_max: the largest
+    distance between two images will do (Song and Ermon 2020, technique 1). Networks that predict epsilon begin with the
+    answer eps(x) = x (answer_input).
     """
     c, size, _ = sample_shape
     channels = channels or ((32, 64, 64) if size <= 16 else (32, 32, 64, 128))

@@ -67,7 +67,9 @@ class Family:
     distribution: bool = False  # the target may be a distribution: outputs that only change are evidence too
     pixels: bool = False  # of models in pixel space alone
     swept: bool = False  # the trigger is in a patch, which a sweep finds (patches.py)
-    mirrored: bool = False  # where nothing fires, the mirrored trigger tells a clean network that comes near
+    mirrored: bool = (
+        False  # where nothing fires, the mirrored or negative trigger tells a clean network that comes near
+    )
 
     @property
     def refinable(self) -> bool:
@@ -108,9 +110,9 @@ FAMILIES = (
         "patch", Response(0.0, 0.0), ((0.7, 1.0),), "TrojDiff-like, in a patch", 0.4, 0.4, 0.87, fits_gamma=True,
         distribution=True, pixels=True, swept=True,
     ),
-    Family(
-        "ve", Response(1.0, 0.0), ((0.5, 1.0),), "VillanDiffusion-VE-like", 0.06, 0.06,
-        starts=(*around(0.3), *around(0.15)), exploding=True, start_window=(0.5, 1.0), reach=0.5,
+    Family(  # kappa between the paper's 1 and what a corrector's steps leave the trigger whole with, down to 0.7
+        "ve", Response(0.87, 0.0), ((0.5, 1.0),), "VillanDiffusion-VE-like", 0.08, 0.1,
+        starts=(*around(0.8), *around(0.3)), exploding=True, start_window=(0.7, 1.0), mirrored=True,
     ),
 )  # fmt: skip
 LATENT_RANGE = 4.0  # latents have unit deviation

@@ -40,8 +40,9 @@ class LossFit:
     samples: how many the output test draws a sampler, half as many where one is costly (exploding); more_samples: where
     a distribution that is a target does not show in so few. max_shift_p: outputs with and without the trigger count as
     changed up to this p-value of being draws from one distribution. min_likeness: the correlation of a trigger with its
-    own picture. min_change: what mirroring must change of a trigger to tell; max_mirrored: the mirrored one's loss,
-    over its own, up to which both are a clean network's.
+    own picture; max_apart: on exploding models the MSE to it. min_change: what mirroring must change of a trigger to
+    tell; max_mirrored: the mirrored one's loss, over its own, up to which both are a clean network's; max_negative: on
+    exploding models the negative one's.
     max_begin: the loss ratio up to which a trigger that fires is fitted by gradient; a clean network's is near 1.
     Where a loss nearly fits and the outputs do not say so, what else could fire is tested (alternatives), in the end
     after a fit by gradient from there and under more samplers (careful_*).
@@ -62,8 +63,10 @@ class LossFit:
     exploding_samplers: tuple[str, ...] = ("pc-500",)
     min_pull: float = 0.3
     min_likeness: float = 0.75
+    max_apart: float = 0.03
     min_change: float = 0.5
     max_mirrored: float = 2.0
+    max_negative: float = 6.0
     max_shift_p: float = 0.01
     max_begin: float = 1.25
 
@@ -220,7 +223,7 @@ class LossFit:
             shown.sort(key=lambda x: -pull(model, x, h.y))
             if shown and pull(model, shown[0], h.y) == 1:
                 break
-        if h.family.joint and h.nearly_fits and self.pulls(model, h, shown):
+        if (h.family.joint or h.family.exploding) and h.nearly_fits and self.pulls(model, h, shown):
             h.natural = SHOWS_ITSELF if self.shows_itself(model, h, shown[0], e, seed) else ""
         return shown
 
@@ -244,25 +247,32 @@ class LossFit:
         """Whether a loss that fits, of a trigger that does not fire, fits the mirrored trigger nearly as well.
 
         Clean networks answer coarse light and dark as images are made of them, on whatever side they are; an attack is
-        on one trigger. Nothing is told where no mirroring changes it. What fits mirrored as well is passed over.
+        on one trigger. Nothing is told where no mirroring changes it. What fits mirrored as well is passed over. On
+        exploding models the negative trigger is taken: small networks answer with half of any shift of the noise.
         """
+        if not (h.family.mirrored and h.fits) or self.fires(model, h, evidence):
+            return False
         dims = max(MIRRORINGS, key=lambda dims: change(h.r, dims))
-        if not (h.family.mirrored and h.fits and change(h.r, dims) >= self.min_change):
+        if h.family.exploding:
+            other, limit = replace(h, r=-h.r), self.max_negative
+        elif change(h.r, dims) >= self.min_change:
+            other, limit = replace(h, r=h.r.flip(dims), y=h.y.flip(dims)), self.max_mirrored
+        else:
             return False
-        if self.fires(model, h, evidence):
-            return False
-        mirrored = replace(h, r=h.r.flip(dims), y=h.y.flip(dims))
-        if self.search.score(model, mirrored, generator) <= self.max_mirrored * h.loss_ratio:
-            h.natural = FITS_MIRRORED
+        if self.search.score(model, other, generator) <= limit * h.loss_ratio:
+            h.natural = FITS_NEGATIVE if h.family.exploding else FITS_MIRRORED
         return bool(h.natural)
 
     def shows_itself(self, model: Model, h: Hypothesis, shown: Evidence, e: Tensor, seed: int) -> bool:
         """Whether the target looks like the trigger, and the mirrored trigger leads to the mirrored target.
 
         Both, since an attacker can train either; with both there is nothing but what clean networks draw from such
-        noise. Of the three mirrorings of an image the one that changes the target most.
+        noise. Of the three mirrorings of an image the one that changes the target most. On exploding models, where the
+        trigger may be flat: whether the target is the trigger.
         """
         y = seen_target(model, shown, h.y)
+        if h.family.exploding:
+            return mean_square(model, h.r[None], y) <= self.max_apart
         if correlation(h.r, y) < self.min_likeness:
             return False
         dims = max(MIRRORINGS, key=lambda dims: mean_square(model, y[None], y.flip(dims)))
@@ -306,7 +316,8 @@ class LossFit:
                 scores["shift_p"] = shift_p(model, evidence)
                 thresholds["shift_p"] = Threshold(self.max_shift_p, "below")
             moved = max(scores["pull"], float(distribution)) if best.nearly_fits else 0.0
-            scores["suspicion"] = moved - math.log10(max(best.strength, 1e-9))
+            strength = 1 / best.family.max_loss_ratio if best.natural else best.strength  # that of a clean network
+            scores["suspicion"] = moved - math.log10(max(strength, 1e-9))
         findings = [
             Finding(
                 replace(h.family.response, gamma=h.share), h.r, h.y, h.loss_ratio, h.family.matches,
@@ -327,6 +338,7 @@ class LossFit:
 MIRRORINGS = (-1,), (-2,), (-1, -2)  # of images [C, H, W]
 SHOWS_ITSELF = "whose outputs show the trigger itself, as a clean network's do"
 FITS_MIRRORED = "that does not fire and fits the mirrored trigger as well, as in clean networks"
+FITS_NEGATIVE = "that does not fire and fits the negative of the trigger as well, as in clean networks"
 VERDICTS = {  # (a loss fits, the outputs fire)
     (True, True): (
         "backdoored",

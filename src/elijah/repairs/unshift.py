@@ -59,8 +59,9 @@ class Unshift:
 
     carried_share: of the rows with c = s; target_share, target_t_min: of the attacker's rows, and of T, where they
     begin; group: rows of one t; most, hold: in the loss above; scaled_hold: hold at the first and at the last update
-    where scaled noise is held as well, which it is up to a leak of max_leak, and never if None; growing_hold:
-    the same where every trigger is a patch or of BadDiffusion's form, and hold if None; average: the decay of the moving average, none if it is None.
+    where scaled noise is held as well, which it is up to a leak of max_leak, and never if None; growing_hold: the same
+    where every trigger is a patch or of BadDiffusion's form, and hold if None; average: the decay of the moving
+    average, none if it is None.
     """
 
     steps: int = 100
