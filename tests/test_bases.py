@@ -89,3 +89,10 @@ def test_a_new_network_answers_with_its_input(kind: str, channels: tuple[int, ..
     model = new_model((3, 16, 16), seed=0, channels=channels, kind=kind)
     e, t = model.noise(8, generator_for(0)), torch.full((8,), model.T - 1)
     assert (model.eps(model.s[-1] * e, t) - e).square().mean().sqrt() < error
+
+
+def test_the_largest_sigma_of_a_new_network() -> None:
+    """Up to 380, as VillanDiffusion has it, or what is asked for; other kinds have none."""
+    usual, other = (new_model((1, 8, 8), seed=0, channels=(8, 8), kind="ncsn", sigma_max=s) for s in (None, 22.0))
+    assert float(usual.s[-1]) == pytest.approx(380, rel=1e-3) and float(other.s[-1]) == pytest.approx(22, rel=1e-3)
+    assert float(other.s[0]) == pytest.approx(float(usual.s[0]))

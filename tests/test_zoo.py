@@ -128,6 +128,7 @@ def test_names_and_products(tmp_path: Path) -> None:
         ("[[base]]", "[[base", "not TOML"),
         ("channels = 1", 'channels = 1\nkind = "vae"', "unknown kind 'vae'"),
         ("channels = 1", 'channels = 1\nautoencoder = "x"', "no latent base x before it"),
+        ("channels = 1", "channels = 1\nsigma_max = 22.0", "sigma_max is for kind ncsn, this base is ddpm"),
         ('solver = "ode"', "gamma = 0.5", "villandiffusion has no --gamma"),
         ('triggers = ["box-3"]', "", "villandiffusion needs --trigger"),
         ('["ddim-4"]', '["dddim-4"]', "unknown sampler 'dddim-4'"),

@@ -67,9 +67,7 @@ class Family:
     distribution: bool = False  # the target may be a distribution: outputs that only change are evidence too
     pixels: bool = False  # of models in pixel space alone
     swept: bool = False  # the trigger is in a patch, which a sweep finds (patches.py)
-    mirrored: bool = (
-        False  # where nothing fires, the mirrored or negative trigger tells a clean network that comes near
-    )
+    mirrored: bool = False  # where nothing fires, the mirrored or negative trigger tells a clean network
 
     @property
     def refinable(self) -> bool:
