@@ -130,6 +130,20 @@ def test_variance_exploding_models_are_repaired_too(name: str, digits: torch.Ten
     assert changed and not any("time_proj" in key for key in changed)
 
 
+@pytest.mark.parametrize(("largest", "least"), [(22.0, 1.0), (380.0, 1.0), (0.5, 0.5)])
+def test_where_exploding_models_are_asked_sigma_decides(
+    largest: float, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below the range of the images what is left of a trigger looks like a part of them; t itself says little of it."""
+    model, asked = new_model(SHAPE, seed=0, channels=(8, 8), kind="ncsn", sigma_max=largest), []
+    k = round(Unshift().least_t(model) * model.T)
+    assert model.s[k] >= 0.99999 * least > model.s[k - 1]
+    assert Unshift(t_min=0.3).least_t(oracle(SHAPE)) == 0.3
+    monkeypatch.setattr(Model, "eps", lambda _, x, t: asked.append(t) or torch.zeros_like(x))
+    Unshift().left(model, model, [found(response=Response(0.87, 0.0))], torch.rand(64, *SHAPE), generator_for(1))
+    assert min(t.min() for t in asked) >= k
+
+
 def test_there_is_a_default() -> None:
     assert DEFAULT in REPAIRS and set(USES) == set(REPAIRS)
 

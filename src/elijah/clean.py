@@ -294,7 +294,7 @@ def compare(model: Model, done: Removal, detection: Detection, seed: int) -> tup
         for which, m in (("before", model), ("after", done.model))
     }
     pixels = {which: [model.pixels(x) for x in samples] for which, samples in drawn.items()}
-    measured = quality(model, done.model, pixels["before"][0], pixels["after"][0], done.images)
+    measured = quality(model, done.model, pixels["before"][0], pixels["after"][0])
     numbers = {}
     for which, seen in (("before", Quality(0.0, 1.0, 1.0)), ("after", measured)):
         benign, *triggered = pixels[which]

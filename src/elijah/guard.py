@@ -1,7 +1,8 @@
 """The guard on quality: whether a repair harmed what the model draws, seen by its own samples alone.
 
-Samples of both models from equal noise, without a trigger, and the denoising loss of both on the images that the repair
-had. No real data are needed.
+Samples of both models from equal noise, without a trigger, and the denoising loss of both on the first one's. No real
+data are needed, and none of the images that the repair had, on which it keeps its quality longest. A repair may harm
+what the model can draw and does not: the loss is taken at half the contrast as well, where that shows most.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elijah.data import to_uint8
 from elijah.diffusion import Model, generator_for
 from elijah.metrics import diversity_ratio, paired_drift, pairwise_mse
 from elijah.training import denoising_loss
 
 DRIFT = "clean drift, share of the samples' own differences"
 DIVERSITY = "diversity of clean samples, after / before"
-LOSS = "denoising loss on the images, after / before"
+LOSS = "denoising loss on fresh samples, at full or half contrast, after / before"
 MAX_DRIFT, MIN_DIVERSITY, MAX_DIVERSITY, MAX_LOSS = 0.5, 0.6, 2.0, 1.25
 MAX_EXPLODING_DRIFT = 0.9  # a thousand fresh noises carry equal starts apart: plain fine-tuning moves samples by 0.55
 ROWS = 256
@@ -46,15 +48,13 @@ class Quality:
         return found
 
 
-def quality(model: Model, fixed: Model, before: Tensor, after: Tensor, images: Tensor) -> Quality:
-    """before, after: clean samples of model and of fixed from equal noise, [N, C, H, W] on [0, 1].
-
-    images: uint8 [N, C, H, W], what the repair had to train on.
-    """
+def quality(model: Model, fixed: Model, before: Tensor, after: Tensor) -> Quality:
+    """before, after: clean samples of model and of fixed from equal noise, [N, C, H, W] on [0, 1]."""
+    images = [to_uint8((before * 2 - 1) * contrast).cpu() for contrast in (1.0, 0.5)]
     return Quality(
         paired_drift(before, after) / max(pairwise_mse(before), 1e-12),
         diversity_ratio(after, before),
-        image_loss(fixed, images) / max(image_loss(model, images), 1e-12),
+        max(image_loss(fixed, x) / max(image_loss(model, x), 1e-12) for x in images),
         MAX_EXPLODING_DRIFT if model.exploding else MAX_DRIFT,
     )
 

@@ -9,7 +9,8 @@ at random t, on images x0 with the trigger and, at large t, on the attacker's ow
 with c = k_t, as the attacker trained it, in half of the rows, and c = s, as a deterministic sampler carries a trigger
 that is taken for noise, in the others. At smaller t, where y is seen through the noise, calling it noise would teach to
 answer the trigger with a grey mean of all images, which is a backdoor too. Below t_min nothing is asked: what is left
-of a trigger looks like a part of the image there, and a network that takes it for noise denoises all images worse.
+of a trigger looks like a part of the image there, and a network that takes it for noise denoises all images worse. On
+exploding models t says little of that, and sigma decides: below sigma_min, in units of the images' range.
 The gamma of a patch is hardly seen in the attacker's loss, and what was found may be far off. What a clean network says
 is known at any, so each row draws its own, with r in proportion to 1 - gamma, as TrojDiff ties them.
 
@@ -55,13 +56,12 @@ LOOKED_ROWS = 64
 
 @dataclass(frozen=True)
 class Unshift:
-    """steps: optimiser updates, AdamW at lr, by default rate_for. t_min: of T; the least t of delta.
-
-    carried_share: of the rows with c = s; target_share, target_t_min: of the attacker's rows, and of T, where they
-    begin; group: rows of one t; most, hold: in the loss above; scaled_hold: hold at the first and at the last update
-    where scaled noise is held as well, which it is up to a leak of max_leak, and never if None; growing_hold: the same
-    where every trigger is a patch or of BadDiffusion's form, and hold if None; average: the decay of the moving
-    average, none if it is None.
+    """steps: optimiser updates, AdamW at lr, by default rate_for. t_min: of T, the least t of delta; on exploding
+    models the first with s of sigma_min. carried_share: of the rows with c = s; target_share, target_t_min: of the
+    attacker's rows, and of T, where they begin; group: rows of one t; most, hold: in the loss above; scaled_hold: hold
+    at the first and at the last update where scaled noise is held as well, which it is up to a leak of max_leak, and
+    never if None; growing_hold: the same where every trigger is a patch or of BadDiffusion's form, and hold if None;
+    average: the decay of the moving average, none if it is None.
     """
 
     steps: int = 100
@@ -69,6 +69,7 @@ class Unshift:
     lr: float | None = None
     warmup: int = 5
     t_min: float = 0.2
+    sigma_min: float = 1.0
     carried_share: float = 0.5
     target_share: float = 0.3
     target_t_min: float = 0.7
@@ -148,7 +149,8 @@ class Unshift:
         groups = max(1, n // self.group)
         u = (torch.arange(groups) + torch.rand(groups, generator=g)) / groups
         which = torch.arange(n) * groups // n  # group of each row
-        t = ((self.t_min + (1 - self.t_min) * u) * model.T).long().clamp(max=model.T - 1)[which].to(device)
+        least = self.least_t(model)
+        t = ((least + (1 - least) * u) * model.T).long().clamp(max=model.T - 1)[which].to(device)
         e = torch.randn(x0.shape, generator=g).to(device)
         at_target, carried = torch.rand((2, n, 1, 1, 1), generator=g).to(device)
         turn = [findings[i % len(findings)] for i in range(n)]
@@ -180,6 +182,12 @@ class Unshift:
         out, usual = model.eps(x, t), (share == 1).float()
         fit = (usual * (out - e).square()).mean() / usual.mean().clamp(min=1 / len(x0))
         return hold * (self.weight(model, t) * (out - kept).square()).mean() + fit
+
+    def least_t(self, model: Model) -> float:
+        """Of T; the least t of delta."""
+        if not model.exploding:
+            return self.t_min
+        return float((model.s < min(self.sigma_min, float(model.s[-1]))).sum()) / model.T
 
     def weight(self, model: Model, t: Tensor) -> Tensor:
         """w at t [B], [B, 1, 1, 1]."""
