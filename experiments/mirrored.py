@@ -14,7 +14,7 @@ from pathlib import Path
 from elijah.detection import Finding
 from elijah.detectors import LossFit
 from elijah.detectors.hypothesis import FAMILIES, Hypothesis
-from elijah.detectors.lossfit import MIRRORINGS, change
+from elijah.detectors.outputs import MIRRORINGS, change
 from elijah.diffusion import Model, generator_for
 from elijah.files import write_file
 from elijah.loading import load_model

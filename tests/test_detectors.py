@@ -35,7 +35,8 @@ from elijah.detectors.hypothesis import (
     spectrum,
     steadiness,
 )
-from elijah.detectors.lossfit import FITS_NEGATIVE, VERDICTS, both, correlation, pull
+from elijah.detectors.lossfit import FITS_NEGATIVE, VERDICTS
+from elijah.detectors.outputs import both, correlation, pull
 from elijah.detectors.power import SETTLING, follow, off_by, settle
 from elijah.detectors.search import Search, begin, behind, best_of_each, hopeless, without
 from elijah.diffusion import Model, generator_for

@@ -22,7 +22,7 @@ from elijah.card import PICTURES, model_card
 from elijah.data import load_images
 from elijah.detection import Detection, Evidence, Finding
 from elijah.detectors import DEFAULT, LossFit
-from elijah.detectors.lossfit import pull
+from elijah.detectors.outputs import pull
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError
 from elijah.files import new_folder, write_folder
