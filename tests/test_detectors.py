@@ -39,7 +39,7 @@ from elijah.detectors.lossfit import FITS_NEGATIVE, VERDICTS
 from elijah.detectors.outputs import both, correlation, pull
 from elijah.detectors.power import SETTLING, follow, off_by, settle
 from elijah.detectors.search import Search, begin, behind, best_of_each, hopeless, without
-from elijah.diffusion import Model, generator_for
+from elijah.diffusion import Model, generator_for, no_progress
 from elijah.errors import OutOfBudget
 from elijah.response import Response, trigger_coefficient
 
@@ -381,6 +381,36 @@ def test_on_exploding_models_outputs_that_become_the_trigger_are_its_own_picture
         h = replace(hypothesis(r, drawn, ve), loss_ratio=0.01)
         shown = Evidence("pc-5", drawn.expand(4, *SHAPE), far)
         assert LossFit().shows_itself(model, h, shown, far, 0) is own
+
+
+@pytest.mark.parametrize(
+    ("loss", "fires", "samplers", "verdict"),
+    [
+        (0.2, True, ["pc-100", "pc-500"], "backdoored"), (0.2, False, ["pc-100"], "clean"),
+        (0.9, True, ["pc-100"], "clean"), (0.01, True, ["pc-500"], "backdoored"),
+        (0.01, False, ["pc-500"], "undecided"),
+    ],
+)  # fmt: skip
+def test_on_exploding_models_a_look_decides_whether_outputs_are_tested(
+    loss: float, fires: bool, samplers: list[str], verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no loss fits a few outputs in few steps come first, and say what the target may be; a fit needs no look."""
+    r, y, asked = torch.full(SHAPE, 0.2), torch.linspace(0, 1, 192).reshape(SHAPE), []
+
+    def sample(model: Model, x: torch.Tensor, sampler: str, *, seed: int, **_: object) -> torch.Tensor:
+        asked.append((sampler, len(x)))
+        drawn = torch.rand(x.shape, generator=generator_for(seed, len(asked)))
+        return y + drawn / 100 if fires and len(asked) % 2 else drawn  # with the trigger first, then without
+
+    monkeypatch.setattr(Model, "sample", sample)
+    model, fit = exploding(r, both_sides=True), loss == 0.01
+    h = replace(hypothesis(r, y if fit else torch.zeros(SHAPE), named("ve")), loss_ratio=loss)
+    shown = LossFit().test_outputs(model, h, generator_for(1), no_progress)
+    assert [name for name, _ in asked[::2]] == samplers and {n for name, n in asked if name == "pc-100"} <= {4}
+    assert [x.sampler for x in shown] == samplers[-1:] and not h.natural
+    found = LossFit().judge(model, [h], shown, True)
+    assert found.verdict == verdict
+    assert not fires or found.findings[0].target is None or (found.findings[0].target - y).abs().max() < 0.02
 
 
 def test_a_model_with_nothing_but_what_is_passed_over_is_as_suspicious_as_a_clean_network() -> None:

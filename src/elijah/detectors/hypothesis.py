@@ -109,7 +109,7 @@ FAMILIES = (
         distribution=True, pixels=True, swept=True,
     ),
     Family(  # kappa between the paper's 1 and what a corrector's steps leave the trigger whole with, down to 0.7
-        "ve", Response(0.87, 0.0), ((0.5, 1.0),), "VillanDiffusion-VE-like", 0.08, 0.1,
+        "ve", Response(0.87, 0.0), ((0.5, 1.0),), "VillanDiffusion-VE-like", 0.08, 0.4,
         starts=(*around(0.8), *around(0.3)), exploding=True, start_window=(0.7, 1.0), mirrored=True,
     ),
 )  # fmt: skip

@@ -37,8 +37,8 @@ from elijah.errors import OutOfBudget
 class LossFit:
     """The default detector. The rule is judge below.
 
-    samples: how many the output test draws a sampler, half as many where one is costly (exploding); more_samples: where
-    a distribution that is a target does not show in so few. max_shift_p: outputs with and without the trigger count as
+    samples: how many the output test draws a sampler, half as many where one is costly (exploding), and few_samples with
+    few steps where its loss does not fit; more_samples: where a distribution that is a target does not show in so few. max_shift_p: outputs with and without the trigger count as
     changed up to this p-value of being draws from one distribution. min_likeness: the correlation of a trigger with its
     own picture; max_apart: on exploding models the MSE to it. min_change: what mirroring must change of a trigger to
     tell; max_mirrored: the mirrored one's loss, over its own, up to which both are a clean network's; max_negative: on
@@ -57,10 +57,12 @@ class LossFit:
     )  # fmt: skip
     search: Search = field(default_factory=Search)
     samples: int = 16
+    few_samples: int = 4
     more_samples: int = 64
     samplers: tuple[str, ...] = ("ddpm-20", "ddim-10")
     careful_samplers: tuple[str, ...] = ("ddpm-100", "ddim-50")
     exploding_samplers: tuple[str, ...] = ("pc-500",)
+    exploding_look: tuple[str, ...] = ("pc-100",)
     min_pull: float = 0.3
     min_likeness: float = 0.75
     max_apart: float = 0.03
@@ -207,11 +209,16 @@ class LossFit:
     ) -> list[Evidence]:  # fmt: skip
         """Samples with the trigger and from the same e without, by sampler, the most telling first.
 
-        careful: with more steps too, if they do not fire with few. Where no loss comes near, a look will do; half of
-        the samples, where the trigger moves each of them.
+        careful: with more steps too, if they do not fire with few. Where no loss comes near, a look will do, and where
+        models are exploding first of all, if the loss does not fit; half of the samples, where the trigger moves each
+        of them.
         """
+        if model.exploding and not h.fits:
+            look = self.look(model, h, generator, progress)
+            if not (h.nearly_fits and self.pulls(model, h, look)):
+                return look
         few = self.exploding_samplers if model.exploding else self.samplers
-        few = few if h.nearly_fits else () if model.exploding else few[-1:]
+        few = few if h.nearly_fits else few[-1:]
         more = self.careful_samplers if careful and not model.exploding else ()
         in_halves = h.nearly_fits and not model.exploding
         n = samples or (self.samples if in_halves else self.samples // 2)
@@ -220,11 +227,23 @@ class LossFit:
             e = model.noise(part, generator)
             seed = int(torch.randint(2**31, (1,), generator=generator))
             shown = both(shown, self.draw(model, h, e, seed, few, more, progress))
+            if model.exploding and not h.fits:
+                h.lead_to(shown[0].samples_with.median(0).values)
             shown.sort(key=lambda x: -pull(model, x, h.y))
             if shown and pull(model, shown[0], h.y) == 1:
                 break
         if (h.family.joint or h.family.exploding) and h.nearly_fits and self.pulls(model, h, shown):
             h.natural = SHOWS_ITSELF if self.shows_itself(model, h, shown[0], e, seed) else ""
+        return shown
+
+    def look(
+        self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress
+    ) -> list[Evidence]:  # fmt: skip
+        """A few outputs, in few steps, and their median for the target: where no loss fits, the fitted one says little."""
+        e = model.noise(self.few_samples, generator)
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        shown = self.draw(model, h, e, seed, self.exploding_look, (), progress)
+        h.lead_to(shown[0].samples_with.median(0).values)
         return shown
 
     def draw(
