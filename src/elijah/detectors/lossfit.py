@@ -27,7 +27,17 @@ from torch import Tensor
 
 from elijah.detection import Detection, Evidence, Finding, Threshold
 from elijah.detectors.hypothesis import Hypothesis
-from elijah.detectors.outputs import MIRRORINGS, both, change, correlation, mean_square, pull, seen_target, shift_p
+from elijah.detectors.outputs import (
+    MIRRORINGS,
+    both,
+    change,
+    commonest,
+    correlation,
+    mean_square,
+    pull,
+    seen_target,
+    shift_p,
+)
 from elijah.detectors.search import Search
 from elijah.diffusion import Model, Progress, no_progress
 from elijah.errors import OutOfBudget
@@ -37,8 +47,9 @@ from elijah.errors import OutOfBudget
 class LossFit:
     """The default detector. The rule is judge below.
 
-    samples: how many the output test draws a sampler, half as many where one is costly (exploding), and few_samples with
-    few steps where its loss does not fit; more_samples: where a distribution that is a target does not show in so few. max_shift_p: outputs with and without the trigger count as
+    samples: how many the output test draws a sampler, half as many where one is costly (exploding), few_samples with
+    few steps where its loss does not fit; more_samples: where a distribution that is a target does not show in so few.
+    max_shift_p: outputs with and without the trigger count as
     changed up to this p-value of being draws from one distribution. min_likeness: the correlation of a trigger with its
     own picture; max_apart: on exploding models the MSE to it. min_change: what mirroring must change of a trigger to
     tell; max_mirrored: the mirrored one's loss, over its own, up to which both are a clean network's; max_negative: on
@@ -228,7 +239,7 @@ class LossFit:
             seed = int(torch.randint(2**31, (1,), generator=generator))
             shown = both(shown, self.draw(model, h, e, seed, few, more, progress))
             if model.exploding and not h.fits:
-                h.lead_to(shown[0].samples_with.median(0).values)
+                h.lead_to(commonest(model, shown[0]))
             shown.sort(key=lambda x: -pull(model, x, h.y))
             if shown and pull(model, shown[0], h.y) == 1:
                 break
@@ -239,11 +250,11 @@ class LossFit:
     def look(
         self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress
     ) -> list[Evidence]:  # fmt: skip
-        """A few outputs, in few steps, and their median for the target: where no loss fits, the fitted one says little."""
+        """A few outputs, in few steps. The target is what they show: where no loss fits, the fitted one says little."""
         e = model.noise(self.few_samples, generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))
         shown = self.draw(model, h, e, seed, self.exploding_look, (), progress)
-        h.lead_to(shown[0].samples_with.median(0).values)
+        h.lead_to(commonest(model, shown[0]))
         return shown
 
     def draw(
@@ -322,7 +333,7 @@ class LossFit:
             fires = best.nearly_fits and self.fires(model, best, evidence)
             fits = best.fits or (fires and best.loss_ratio <= best.family.max_if_fires)
             if complete or fits or fires:
-                verdict, reason = VERDICTS[fits, fires]
+                verdict, reason = VERDICTS[fits, fires][0], VERDICTS[best.fits, fires][1]
             if verdict == "clean" and (passed := next((h.natural for h in fitted if h.natural), "")):
                 reason += f", but for one {passed}"
             distribution = fires and scores["pull"] < self.min_pull
