@@ -25,7 +25,7 @@ from elijah.diffusion import Model
 from elijah.errors import ElijahError, Unsupported
 from elijah.report import Report
 from elijah.response import Response
-from elijah.scan import TYPICAL_EVALUATIONS, as_dtype, describe, scan
+from elijah.scan import TYPICAL_EVALUATIONS, announce, as_dtype, describe, scan
 
 FAST: dict[str, Any] = {
     "lossfit": functools.partial(
@@ -210,3 +210,11 @@ def test_a_finding_keeps_its_trigger_in_the_units_of_the_start_noise(kind: str) 
     assert torch.equal(torch.from_numpy(info.trigger.patch.array).float(), patch)
     assert info.trigger.norm == pytest.approx(r.norm().item()) and info.response.gamma == 0.8
     assert describe(model, Finding(Response(1.0, 1.0), r * 1e6, None, 0.1, "x")).trigger.values is None
+
+
+@pytest.mark.parametrize(("kind", "says"), [("ddpm", "about 4,500 network"), ("ncsn", "about 18,000 network")])
+def test_what_is_announced_knows_the_cost_of_a_sample(kind: str, says: str) -> None:
+    said: list[str] = []
+    model = new_model((1, 8, 8), seed=0, channels=(8, 8), kind=kind)
+    announce(model, "lossfit", None, lambda what, *_: said.append(what))
+    assert says in said[0] and model.meter.evaluations == 16

@@ -41,6 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 KINDS = {"ncsn": "a variance-exploding (NCSN) model", "ldm": "a latent model"}
 # of a clean model, for the estimate alone
 TYPICAL_EVALUATIONS = {"lossfit": 4_500, "collapse": 51_000, "elijah": 51_000, "terd": 960_000}
+EXPLODING_EVALUATIONS = {"lossfit": 18_000}  # where the outputs are tested in full, an eighth where not
 
 
 def scan(
@@ -146,7 +147,8 @@ def announce(model: Model, detector: str, max_evaluations: int | None, progress:
         began = time.perf_counter()
         model.output(x, t.to(model.device))
         seconds.append(time.perf_counter() - began)
-    evaluations = min(TYPICAL_EVALUATIONS[detector], max_evaluations or TYPICAL_EVALUATIONS[detector])
+    typical = TYPICAL_EVALUATIONS | (EXPLODING_EVALUATIONS if model.exploding else {})
+    evaluations = min(typical[detector], max_evaluations or typical[detector])
     minutes = min(seconds) / len(x) * evaluations / 60
     progress(f"note: about {evaluations:,} network evaluations, {minutes:.1f} minutes on {model.device}", 0, 0)
 
