@@ -49,11 +49,10 @@ class LossFit:
 
     samples: how many the output test draws a sampler, half as many where one is costly (exploding), few_samples with
     few steps where its loss does not fit; more_samples: where a distribution that is a target does not show in so few.
-    max_shift_p: outputs with and without the trigger count as
-    changed up to this p-value of being draws from one distribution. min_likeness: the correlation of a trigger with its
-    own picture; max_apart: on exploding models the MSE to it. min_change: what mirroring must change of a trigger to
-    tell; max_mirrored: the mirrored one's loss, over its own, up to which both are a clean network's; max_negative: on
-    exploding models the negative one's.
+    max_shift_p: outputs with and without the trigger count as changed up to this p-value of being draws from one
+    distribution. min_likeness: the correlation of a trigger with its own picture; max_apart: on exploding models the
+    MSE to it. min_change: what mirroring must change of a trigger to tell; max_mirrored: the mirrored one's loss, over
+    its own, up to which both are a clean network's; max_negative: on exploding models the negative one's.
     max_begin: the loss ratio up to which a trigger that fires is fitted by gradient; a clean network's is near 1.
     Where a loss nearly fits and the outputs do not say so, what else could fire is tested (alternatives), in the end
     after a fit by gradient from there and under more samplers (careful_*).
