@@ -36,7 +36,7 @@ from elijah.detectors.hypothesis import (
     steadiness,
 )
 from elijah.detectors.lossfit import FITS_NEGATIVE, VERDICTS
-from elijah.detectors.outputs import both, commonest, correlation, pull
+from elijah.detectors.outputs import both, correlation, pull
 from elijah.detectors.power import SETTLING, follow, off_by, settle
 from elijah.detectors.search import Search, begin, behind, best_of_each, hopeless, without
 from elijah.diffusion import Model, generator_for, no_progress
@@ -411,15 +411,6 @@ def test_on_exploding_models_a_look_decides_whether_outputs_are_tested(
     found = LossFit().judge(model, [h], shown, True)
     assert found.verdict == verdict and ("nearly fits" in found.reason) is (loss == 0.2 and fires)
     assert not fires or found.findings[0].target is None or (found.findings[0].target - y).abs().max() < 0.02
-
-
-def test_the_commonest_output_is_not_a_mixture_of_what_a_trigger_does_and_does_not() -> None:
-    y, others = torch.linspace(0, 1, 192).reshape(SHAPE), torch.rand(16, *SHAPE, generator=generator_for(1))
-    without, noise = others[8:], torch.randn(3, *SHAPE, generator=generator_for(2)) / 100
-    shown = Evidence("pc-5", torch.cat([others[:5], y + noise]), without)
-    found = commonest(exploding(y, both_sides=True), shown)
-    assert (found - y).abs().max() < 0.05 and (shown.samples_with.median(0).values - y).abs().max() > 0.2
-    assert pull(exploding(y, both_sides=True), shown, found) == pytest.approx(3 / 8)
 
 
 def test_a_model_with_nothing_but_what_is_passed_over_is_as_suspicious_as_a_clean_network() -> None:

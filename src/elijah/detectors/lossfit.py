@@ -31,7 +31,6 @@ from elijah.detectors.outputs import (
     MIRRORINGS,
     both,
     change,
-    commonest,
     correlation,
     mean_square,
     pull,
@@ -238,7 +237,7 @@ class LossFit:
             seed = int(torch.randint(2**31, (1,), generator=generator))
             shown = both(shown, self.draw(model, h, e, seed, few, more, progress))
             if model.exploding and not h.fits:
-                h.lead_to(commonest(model, shown[0]))
+                h.lead_to(shown[0].samples_with.median(0).values)
             shown.sort(key=lambda x: -pull(model, x, h.y))
             if shown and pull(model, shown[0], h.y) == 1:
                 break
@@ -249,11 +248,11 @@ class LossFit:
     def look(
         self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress
     ) -> list[Evidence]:  # fmt: skip
-        """A few outputs, in few steps. The target is what they show: where no loss fits, the fitted one says little."""
+        """A few outputs, in few steps. The target is their median: where no loss fits, the fitted one says little."""
         e = model.noise(self.few_samples, generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))
         shown = self.draw(model, h, e, seed, self.exploding_look, (), progress)
-        h.lead_to(commonest(model, shown[0]))
+        h.lead_to(shown[0].samples_with.median(0).values)
         return shown
 
     def draw(

@@ -69,14 +69,3 @@ def near(model: Model, evidence: Evidence, y: Tensor) -> tuple[Tensor, Tensor]:
     )
     limit = without.median() / 4
     return with_trigger < limit, without < limit
-
-
-def commonest(model: Model, evidence: Evidence) -> Tensor:
-    """What most triggered outputs are moved onto, [C, H, W]: the median of the largest group near one of them, since a
-    trigger that works in part leads the others anywhere; or of all, if more are moved onto that. Near: as in pull, from
-    other to other."""
-    assert evidence.samples_without is not None
-    with_trigger, without = (model.pixels(x).flatten(1) for x in (evidence.samples_with, evidence.samples_without))
-    close = torch.cdist(with_trigger, with_trigger) < torch.pdist(without).median() / 2
-    groups = evidence.samples_with[close[close.sum(1).argmax()]], evidence.samples_with
-    return max((group.median(0).values for group in groups), key=lambda y: pull(model, evidence, y))
