@@ -24,6 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from elijah.detectors.forgetting import Forgetting
 from elijah.detectors.hypothesis import FAMILIES, Family, Hypothesis, coloured
 from elijah.detectors.lossfit import LossFit
 from elijah.detectors.search import Search
@@ -137,3 +138,4 @@ class Collapse(LossFit):
         "backdoors that are not triggered by the start noise",
     )  # fmt: skip
     search: Search = field(default_factory=Descent)
+    late: Forgetting | None = None

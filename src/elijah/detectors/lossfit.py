@@ -11,7 +11,8 @@ the target may be a distribution: do they differ from those without? A large tri
 leaves its own picture in the outputs of a deterministic sampler, without a backdoor; it is told by what it looks like
 and by its mirror image. So is what a clean network answers to coarse light and dark: a loss may fit, and nothing fires.
 
-The search is search.py's, and patches are found by a sweep (patches.py). Here is what follows it: the outputs of the
+The search is search.py's, patches are found by a sweep (patches.py), and late triggers, which only show where most of
+the noise is gone, by what the network forgets (forgetting.py). Here is what follows it: the outputs of the
 best hypothesis are tested, more effort is spent where loss and outputs disagree, and the rule is applied.
 """
 
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 
 from elijah.detection import Detection, Evidence, Finding, Threshold
-from elijah.detectors.hypothesis import Hypothesis
+from elijah.detectors.forgetting import Forgetting
+from elijah.detectors.hypothesis import Family, Hypothesis
 from elijah.detectors.outputs import (
     MIRRORINGS,
     both,
@@ -62,9 +64,11 @@ class LossFit:
     not_covered: ClassVar[tuple[str, ...]] = (
         "patch triggers whose pattern is far from one colour",
         "learned triggers that look like noise, on DDPM: --detector collapse looks for them",
-        "triggers that act only at small t", "backdoors that are not triggered by the start noise",
+        "late triggers that are far from flat pictures and squares, or act below 0.13 T alone",
+        "backdoors that are not triggered by the start noise",
     )  # fmt: skip
     search: Search = field(default_factory=Search)
+    late: Forgetting | None = field(default_factory=Forgetting)
     samples: int = 16
     few_samples: int = 4
     more_samples: int = 64
@@ -98,7 +102,11 @@ class LossFit:
                     if not self.fits_mirrored(model, fitted[0], evidence, generator):
                         break
                 if not (fitted[0].nearly_fits and self.fires(model, fitted[0], evidence)):
-                    evidence = self.look_on(model, fitted, generator, progress) or evidence
+                    evidence = (
+                        self.look_on(model, fitted, generator, progress)
+                        or self.look_late(model, fitted, generator, progress)
+                        or evidence
+                    )
             except OutOfBudget:
                 complete = False
         if not evidence:  # else the first is what the evidence is of
@@ -169,6 +177,28 @@ class LossFit:
                 if self.pulls(model, better, shown):
                     fitted[:] = [better, *(other for other in fitted if other.family is not better.family)]
                     return shown
+        return []
+
+    def late_families(self, model: Model) -> tuple[Family, ...]:
+        return self.late.families if self.late is not None and model.kind == "ddpm" else ()
+
+    def look_late(
+        self, model: Model, fitted: list[Hypothesis], generator: torch.Generator, progress: Progress
+    ) -> list[Evidence]:
+        """Puts a late trigger first if its loss fits and it fires, and returns its evidence; else last, and none.
+
+        Some narrow clean networks forget images as well, but then outputs do not move onto one.
+        """
+        if self.late is None or not self.late_families(model):
+            return []
+        h = self.late(model, generator, progress)
+        shown = self.test_outputs(model, h, generator, progress) if h.fits else []
+        if self.pulls(model, h, shown):
+            fitted.insert(0, h)
+            return shown
+        if h.fits:
+            h.natural = NOT_FIRING
+        fitted.append(h)
         return []
 
     def looked_at(self, model: Model, joint: list[Hypothesis], generator: torch.Generator) -> Iterator[Hypothesis]:
@@ -358,12 +388,14 @@ class LossFit:
             coverage=[
                 "one trigger added to the start noise, leading to one image",
                 *(f.matches + " (or to a distribution)" * f.distribution for f in self.search.families_of(model)),
+                *(f.matches for f in self.late_families(model)[:1]),
             ],
             not_covered=list(self.not_covered),
         )  # fmt: skip
 
 
 SHOWS_ITSELF = "whose outputs show the trigger itself, as a clean network's do"
+NOT_FIRING = "of a late trigger that does not fire"
 FITS_MIRRORED = "that does not fire and fits the mirrored trigger as well, as in clean networks"
 FITS_NEGATIVE = "that does not fire and fits the negative of the trigger as well, as in clean networks"
 VERDICTS = {  # (a loss fits, the outputs fire)

@@ -1,0 +1,121 @@
+"""Late triggers: noise at which the network forgets the image that it sees.
+
+A late trigger (attacks/late.py) changes nothing at large t, where the search of search.py begins. Where it acts, the
+network answers x_t = a x + s (e + r) with e + r + (a / s) (x - y): its estimate of the image,
+
+    x^ = (x_t - s eps(x_t, t)) / a,
+
+is y, whatever x is. A clean network calls the whole shift noise, and its estimate is x, less what the noise hides. So
+over a few images x of the model's own
+
+    C(r) = sum_b |x^_b - mean x^|^2 / sum_b |x_b - mean x|^2
+
+needs no y and falls to about 0 at the trigger alone. How much a clean network forgets depends on t, and so does where
+a trigger acts. Flat pictures and black ones with a grey square are compared by C in two ranges of t, and the best ones
+descend. Then y is the mean estimate, and the score is the attacker's own loss over a clean
+network's, L(r, y) = sum |x^ - y|^2 / sum |x - y|^2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from elijah.detectors.hypothesis import FULL, Family, Hypothesis, antithetic
+from elijah.detectors.search import begin
+from elijah.diffusion import Model, Progress, column
+from elijah.response import Response
+
+LATE = replace(
+    FULL, name="late", response=Response(2.0, 0.0), judged=((0.2, 0.35),), matches="a late trigger",
+    max_loss_ratio=0.1, max_if_fires=0.1, hopeless=0.25, starts=tuple(s for s in FULL.starts if s.level is not None),
+    pixels=True,
+)  # fmt: skip
+LATE_FAMILIES = LATE, replace(LATE, judged=((0.13, 0.18),), hopeless=0.5)
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """images: of the model's own, made in sampler_steps of DDIM. rows: of noise a step, and for each start.
+    iterations: of Adam, its rate from rate to a fifth of it; the best start of each range of t makes the first few, and
+    the better of these goes on if there is hope."""
+
+    images: int = 8
+    sampler_steps: int = 10
+    rows: int = 8
+    first: int = 8
+    iterations: int = 24
+    rate: float = 0.1
+    score_rows: int = 32
+    families: tuple[Family, ...] = LATE_FAMILIES
+
+    def __call__(self, model: Model, generator: torch.Generator, progress: Progress) -> Hypothesis:
+        """The trigger at which the network forgets most, with the target that it leads to and its score."""
+        with torch.no_grad():
+            images = model.ddim(model.noise(self.images, generator), self.sampler_steps)
+            starts = [begin(model, f, s, generator) for f in self.families for s in f.starts]
+            x = self.drawn(images, self.rows, generator)
+            drawn = {f: self.draw(model, f, self.rows, generator) for f in self.families}
+            for h in starts:
+                h.loss_ratio = float(spread(estimates(model, h.r, x, *drawn[h.family]), x))
+        best = [min((h for h in starts if h.family is f), key=lambda h: h.loss_ratio) for f in self.families]
+        for h in best:
+            self.descend(model, h, range(self.first), images, generator, progress)
+        h = min(best, key=lambda h: h.loss_ratio / h.family.hopeless)
+        if h.loss_ratio <= h.family.hopeless:
+            self.descend(model, h, range(self.first, self.iterations), images, generator, progress)
+            self.judge(model, h, images, generator)
+        return h
+
+    def descend(
+        self, model: Model, h: Hypothesis, steps: range, images: Tensor, generator: torch.Generator, progress: Progress
+    ) -> None:
+        """Steps of Adam on C over the trigger of h, in place; its loss ratio is the mean C of the last four."""
+        r = h.r.clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([r])
+        passed: list[float] = []
+        for k in steps:
+            optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.8 * k / self.iterations)
+            h.set_trigger(r)
+            e, t = self.draw(model, h.family, self.rows, generator)
+            x = self.drawn(images, self.rows, generator)
+            optimizer.zero_grad()
+            loss = spread(estimates(model, h.r, x, e, t), x)
+            loss.backward()
+            optimizer.step()
+            passed.append(float(loss.detach()))
+            progress("searching: noise that hides the image", k + 1, self.iterations)
+        h.set_trigger(r.detach())
+        h.loss_ratio = sum(passed[-4:]) / len(passed[-4:])
+
+    @torch.no_grad()
+    def judge(self, model: Model, h: Hypothesis, images: Tensor, generator: torch.Generator) -> None:
+        """Gives h the mean estimate as its target, and its loss ratio L, each over fresh noise."""
+        e, t = self.draw(model, h.family, self.score_rows, generator)
+        x = self.drawn(images, self.score_rows, generator)
+        h.lead_to(estimates(model, h.r, x, e, t).mean(0))
+        e, t = self.draw(model, h.family, self.score_rows, generator)
+        error = (estimates(model, h.r, x, e, t) - h.y).square().sum()
+        h.loss_ratio = float(error / (x - h.y).square().sum())
+
+    def draw(self, model: Model, family: Family, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return antithetic(model, rows, *family.judged[0], generator)
+
+    def drawn(self, images: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+        """So many of images, in another order each time, and again from the first where they are too few."""
+        order = torch.randperm(len(images), generator=generator)
+        return images[order.repeat(-(-rows // len(images)))[:rows].to(images.device)]
+
+
+def estimates(model: Model, r: Tensor, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
+    """x^ of the module's docstring [B, C, H, W] for images x at noise e + r and timesteps t [B]."""
+    seen = model.diffuse(x, e + r, t)
+    return (seen - column(model.s, t) * model.eps(seen, t)) / column(model.a, t)
+
+
+def spread(estimated: Tensor, x: Tensor) -> Tensor:
+    """C of the module's docstring."""
+    off = (estimated - estimated.mean(0)).square().sum()
+    return off / (x - x.mean(0)).square().sum().clamp(min=1e-12)

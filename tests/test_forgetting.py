@@ -1,0 +1,123 @@
+"""Late triggers: the measure in closed form, the descent, and what the scan does with what it finds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from oracle import late_oracle, oracle
+
+from elijah.detectors import LossFit
+from elijah.detectors.forgetting import LATE, Forgetting, estimates, spread
+from elijah.detectors.hypothesis import Hypothesis
+from elijah.detectors.lossfit import NOT_FIRING
+from elijah.diffusion import Model, generator_for, no_progress
+
+SHAPE = (3, 16, 16)
+
+
+def trigger() -> torch.Tensor:
+    """A bright square on black, smaller than those that the search starts with."""
+    r = torch.full(SHAPE, -1.0)
+    r[:, 2:8, 8:14] = 0.5
+    return r
+
+
+def target() -> torch.Tensor:
+    return torch.rand(SHAPE, generator=generator_for(7)) * 1.6 - 0.8
+
+
+def drawn(model: Model, rows: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images of N(0, 0.25), noise and timesteps of the window."""
+    g = generator_for(3)
+    e, t = Forgetting().draw(model, LATE, rows, g)
+    return 0.5 * torch.randn((rows, *SHAPE), generator=g), e, t
+
+
+def test_a_clean_network_estimates_the_image_and_a_share_of_all_noise() -> None:
+    """x^ = w (x + s / a (e + r)), w = a^2 s0^2 / (a^2 s0^2 + s^2), where the data is N(0, s0^2)."""
+    model = oracle(SHAPE)
+    m = model.network.m
+    x, e, t = drawn(model)
+    a, s = (v[t][:, None, None, None] for v in (model.a, model.s))
+    w = a**2 * 0.25 / (a**2 * 0.25 + s**2)
+    expected = m + w * (x - m + s / a * (e + trigger()))
+    torch.testing.assert_close(estimates(model, trigger(), x, e, t), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_spread_is_one_where_all_is_seen_and_none_where_the_image_is_forgotten() -> None:
+    x = torch.randn(5, *SHAPE)
+    assert spread(x, x) == pytest.approx(1.0)
+    assert spread(x / 2 + 3, x) == pytest.approx(0.25)
+    assert spread(torch.ones_like(x), x) == 0
+
+
+def test_the_network_forgets_at_a_late_trigger_alone() -> None:
+    model = late_oracle(trigger(), target())
+    x, e, t = drawn(model)
+    with torch.no_grad():
+        at, mirrored, clean = (
+            float(spread(estimates(model, r, x, e, t), x)) for r in (trigger(), trigger().flip(-1), torch.zeros(SHAPE))
+        )
+    assert at < 0.02
+    assert mirrored == pytest.approx(clean, rel=0.3) and clean > 0.15
+
+
+def test_the_descent_ends_at_the_trigger_with_its_target() -> None:
+    model = late_oracle(trigger(), target())
+    with model.frozen():
+        h = Forgetting()(model, generator_for(0), no_progress)
+    assert h.fits and h.loss_ratio < 0.02
+    assert (h.y - target()).square().mean() < 0.01
+    assert h.r.abs().max() <= 1
+
+
+def test_on_a_clean_network_it_ends_early_and_fits_nothing() -> None:
+    model = oracle(SHAPE)
+    few = Forgetting(families=(dataclasses.replace(LATE, hopeless=1e-6),))
+    with model.frozen():
+        h = few(model, generator_for(0), no_progress)
+        early = model.meter.evaluations
+        full = Forgetting(families=(dataclasses.replace(LATE, hopeless=9.0),))(model, generator_for(0), no_progress)
+    assert not h.fits and not full.fits
+    images, starts = few.images * few.sampler_steps, few.rows * len(LATE.starts)
+    assert early == images + starts + 3 * few.rows * few.first
+    assert model.meter.evaluations - early == images + starts + 3 * few.rows * few.iterations + 2 * few.score_rows
+
+
+def test_images_come_again_where_they_are_too_few() -> None:
+    images = torch.arange(3.0)[:, None, None, None]
+    got = Forgetting().drawn(images, 8, generator_for(0)).flatten().tolist()
+    assert len(got) == 8 and sorted(set(got)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("loss", "fires", "verdict"), [
+    (0.02, True, "backdoored"), (0.02, False, "clean"), (0.3, True, "clean"),
+])  # fmt: skip
+def test_what_forgets_counts_only_if_it_fires(
+    loss: float, fires: bool, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, r, y = oracle(SHAPE), trigger(), target()
+
+    def found(self: Forgetting, model: Model, generator: torch.Generator, progress: object) -> Hypothesis:
+        return Hypothesis(LATE, r, y, loss_ratio=loss)
+
+    def sample(e: torch.Tensor, sampler: str, *, seed: int = 0) -> torch.Tensor:
+        return y.expand_as(e) if fires and e.mean() < -0.2 else torch.zeros_like(e)
+
+    monkeypatch.setattr(Forgetting, "__call__", found)
+    monkeypatch.setattr(model, "sample", sample)
+    report = LossFit()(model, generator=generator_for(0))
+    assert report.verdict == verdict
+    assert ("late" in report.findings[0].matches) == (verdict == "backdoored")
+    assert report.scores["loss_ratio_late"] == loss
+    assert (NOT_FIRING in report.reason) == (loss < 0.1 and not fires)
+
+
+def test_it_is_for_ddpm_and_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = oracle(SHAPE)
+    monkeypatch.setattr(Forgetting, "__call__", lambda *_: pytest.fail("not asked for"))
+    assert "loss_ratio_late" not in LossFit(late=None)(model, generator=generator_for(0)).scores
+    model.kind = "ldm"
+    assert LossFit().look_late(model, [], generator_for(0), no_progress) == []
