@@ -83,9 +83,9 @@ class LateNetwork(GaussianNetwork):
         return (w * (x - a * self.late_y) / s + (1 - w) * eps,)
 
 
-def late_oracle(r: Tensor, y: Tensor, s0: float = 0.5, t0: float = 0.4) -> Model:
+def late_oracle(r: Tensor, y: Tensor) -> Model:
     """A Model around LateNetwork, with data about 0."""
-    network = LateNetwork(torch.zeros_like(r), s0, r, y, t0)
+    network = LateNetwork(torch.zeros_like(r), 0.5, r, y)
     model = Model(network, DDPMScheduler(), tuple(r.shape))
     network.model = model
     return model

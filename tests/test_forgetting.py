@@ -118,6 +118,6 @@ def test_what_forgets_counts_only_if_it_fires(
 def test_it_is_for_ddpm_and_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = oracle(SHAPE)
     monkeypatch.setattr(Forgetting, "__call__", lambda *_: pytest.fail("not asked for"))
-    assert "loss_ratio_late" not in LossFit(late=None)(model, generator=generator_for(0)).scores
+    assert "loss_ratio_late" not in LossFit(late=Forgetting(families=()))(model, generator=generator_for(0)).scores
     model.kind = "ldm"
     assert LossFit().look_late(model, [], generator_for(0), no_progress) == []

@@ -138,4 +138,4 @@ class Collapse(LossFit):
         "backdoors that are not triggered by the start noise",
     )  # fmt: skip
     search: Search = field(default_factory=Descent)
-    late: Forgetting | None = None
+    late: Forgetting = field(default_factory=lambda: Forgetting(families=()))

@@ -12,8 +12,8 @@ over a few images x of the model's own
 
 needs no y and falls to about 0 at the trigger alone. How much a clean network forgets depends on t, and so does where
 a trigger acts. Flat pictures and black ones with a grey square are compared by C in two ranges of t, and the best ones
-descend. Then y is the mean estimate, and the score is the attacker's own loss over a clean
-network's, L(r, y) = sum |x^ - y|^2 / sum |x - y|^2.
+descend. Then y is the mean estimate, and the score is the attacker's own loss over a clean network's,
+L(r, y) = sum |x^ - y|^2 / sum |x - y|^2.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from elijah.response import Response
 LATE = replace(
     FULL, name="late", response=Response(2.0, 0.0), judged=((0.2, 0.35),), matches="a late trigger",
     max_loss_ratio=0.1, max_if_fires=0.1, hopeless=0.25, starts=tuple(s for s in FULL.starts if s.level is not None),
-    pixels=True,
 )  # fmt: skip
 LATE_FAMILIES = LATE, replace(LATE, judged=((0.13, 0.18),), hopeless=0.5)
 
@@ -50,6 +49,9 @@ class Forgetting:
     rate: float = 0.1
     score_rows: int = 32
     families: tuple[Family, ...] = LATE_FAMILIES
+
+    def families_of(self, model: Model) -> tuple[Family, ...]:
+        return self.families if model.kind == "ddpm" else ()
 
     def __call__(self, model: Model, generator: torch.Generator, progress: Progress) -> Hypothesis:
         """The trigger at which the network forgets most, with the target that it leads to and its score."""

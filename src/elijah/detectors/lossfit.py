@@ -28,17 +28,8 @@ from torch import Tensor
 
 from elijah.detection import Detection, Evidence, Finding, Threshold
 from elijah.detectors.forgetting import Forgetting
-from elijah.detectors.hypothesis import Family, Hypothesis
-from elijah.detectors.outputs import (
-    MIRRORINGS,
-    both,
-    change,
-    correlation,
-    mean_square,
-    pull,
-    seen_target,
-    shift_p,
-)
+from elijah.detectors.hypothesis import Hypothesis
+from elijah.detectors.outputs import MIRRORINGS, both, change, correlation, mean_square, pull, seen_target, shift_p
 from elijah.detectors.search import Search
 from elijah.diffusion import Model, Progress, no_progress
 from elijah.errors import OutOfBudget
@@ -64,11 +55,11 @@ class LossFit:
     not_covered: ClassVar[tuple[str, ...]] = (
         "patch triggers whose pattern is far from one colour",
         "learned triggers that look like noise, on DDPM: --detector collapse looks for them",
-        "late triggers that are far from flat pictures and squares, or act below 0.13 T alone",
+        "late triggers, but on DDPM those near flat pictures or squares that act above 0.13 T",
         "backdoors that are not triggered by the start noise",
     )  # fmt: skip
     search: Search = field(default_factory=Search)
-    late: Forgetting | None = field(default_factory=Forgetting)
+    late: Forgetting = field(default_factory=Forgetting)
     samples: int = 16
     few_samples: int = 4
     more_samples: int = 64
@@ -179,9 +170,6 @@ class LossFit:
                     return shown
         return []
 
-    def late_families(self, model: Model) -> tuple[Family, ...]:
-        return self.late.families if self.late is not None and model.kind == "ddpm" else ()
-
     def look_late(
         self, model: Model, fitted: list[Hypothesis], generator: torch.Generator, progress: Progress
     ) -> list[Evidence]:
@@ -189,7 +177,7 @@ class LossFit:
 
         Some narrow clean networks forget images as well, but then outputs do not move onto one.
         """
-        if self.late is None or not self.late_families(model):
+        if not self.late.families_of(model):
             return []
         h = self.late(model, generator, progress)
         shown = self.test_outputs(model, h, generator, progress) if h.fits else []
@@ -388,7 +376,7 @@ class LossFit:
             coverage=[
                 "one trigger added to the start noise, leading to one image",
                 *(f.matches + " (or to a distribution)" * f.distribution for f in self.search.families_of(model)),
-                *(f.matches for f in self.late_families(model)[:1]),
+                *(f.matches for f in self.late.families_of(model)[:1]),
             ],
             not_covered=list(self.not_covered),
         )  # fmt: skip
