@@ -164,7 +164,7 @@ def test_the_hypothesis_that_fires_is_the_one_that_is_reported(monkeypatch: pyte
         fitted += [hypothesis(3, -r, 0.06), hypothesis(0, -r, 0.02)]
 
     monkeypatch.setattr(Search, "__call__", search)
-    monkeypatch.setattr(Search, "refined", lambda self, *_: hypothesis(0, r, 0.04))
+    monkeypatch.setattr(Search, "refined", lambda self, *_: [hypothesis(0, r, 0.04)])
     detection = LossFit()(model, generator=generator_for(0))
     assert detection.findings[0].loss_ratio < 0.2 and alike(detection.findings[0].trigger, r) > 0.9
     assert detection.verdict == "backdoored" and detection.scores["pull"] > 0.3
@@ -397,16 +397,16 @@ def test_on_exploding_models_a_look_decides_whether_outputs_are_tested(
     """Where no loss fits a few outputs in few steps come first, and say what the target may be; a fit needs no look."""
     r, y, asked = torch.full(SHAPE, 0.2), torch.linspace(0, 1, 192).reshape(SHAPE), []
 
-    def sample(model: Model, x: torch.Tensor, sampler: str, *, seed: int, **_: object) -> torch.Tensor:
-        asked.append((sampler, len(x)))
-        drawn = torch.rand(x.shape, generator=generator_for(seed, len(asked)))
-        return y + drawn / 100 if fires and len(asked) % 2 else drawn  # with the trigger first, then without
+    def sample(model: Model, x: list[torch.Tensor], sampler: str, *, seed: int, **_: object) -> list[torch.Tensor]:
+        asked.append((sampler, len(x[0])))
+        drawn = torch.rand((2, *x[0].shape), generator=generator_for(seed, len(asked)))
+        return [y + drawn[0] / 100 if fires else drawn[0], drawn[1]]  # with the trigger first, then without
 
-    monkeypatch.setattr(Model, "sample", sample)
+    monkeypatch.setattr(Model, "sample_alike", sample)
     model, fit = exploding(r, both_sides=True), loss == 0.01
     h = replace(hypothesis(r, y if fit else torch.zeros(SHAPE), named("ve")), loss_ratio=loss)
     shown = LossFit().test_outputs(model, h, generator_for(1), no_progress)
-    assert [name for name, _ in asked[::2]] == samplers and {n for name, n in asked if name == "pc-100"} <= {4}
+    assert [name for name, _ in asked] == samplers and {n for name, n in asked if name == "pc-100"} <= {4}
     assert [x.sampler for x in shown] == samplers[-1:] and not h.natural
     found = LossFit().judge(model, [h], shown, True)
     assert found.verdict == verdict and ("nearly fits" in found.reason) is (loss == 0.2 and fires)
@@ -425,12 +425,13 @@ def test_a_model_with_nothing_but_what_is_passed_over_is_as_suspicious_as_a_clea
 
 
 def test_collapse_finds_a_faint_trigger_that_looks_like_noise_and_nothing_in_clean_networks() -> None:
-    """Signs of noise at 0.3, answered for a deterministic sampler. Half the starts and steps are enough here."""
+    """Signs of noise at 0.3, answered for a deterministic sampler. Half the starts and steps are enough here. Which
+    start comes how near is chance: of 14 seeds 12 come to a cosine of 0.6."""
     sign = torch.randn(SHAPE, generator=generator_for(7)).sign()
     y = torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
     bad = oracle(SHAPE, r=0.3 * sign, y=y, response=Response(2.0, 1.0), rate=0.3)
     detector = Collapse(search=Descent(walks=(Walk(2, 10, 10, 5), Walk(4, 0, 15, 3))))
-    found, clean = (detector(model, generator=generator_for(0)) for model in (bad, oracle(SHAPE)))
+    found, clean = (detector(model, generator=generator_for(1)) for model in (bad, oracle(SHAPE)))
     best = found.findings[0]
     assert found.verdict == "backdoored", found.scores
     assert alike(best.trigger, sign) > 0.6 and best.trigger.abs().max() <= COLLAPSED.reach
@@ -693,6 +694,18 @@ def test_half_a_round_is_enough_to_give_up_what_is_far_off() -> None:
     assert spent[0] == len(half.starts) * 2 * 4 < spent[1] <= 2 * spent[0]
 
 
+def test_a_family_beyond_hope_after_three_rounds_gets_no_other_and_no_other_size() -> None:
+    model, half = oracle(SHAPE, s0=0.5), FAMILIES[0]
+    spent = []
+    for slack in ((1e9, 1e9, 1e9), (1e9, 1e9, 1.0)):
+        model.meter.evaluations = 0
+        with model.frozen():
+            search = Search(follow=((1, 4, 4), (1, 4, 3), (1, 8, 2), (1, 8, 1)), slack=slack)
+            search.followed(model, [replace(half, hopeless=1e-3)], generator_for(0), lambda *_: None)
+        spent.append(model.meter.evaluations)
+    assert 4 * len(half.starts) < spent[1] < spent[0]
+
+
 def test_families_far_behind_one_that_fits_are_given_up() -> None:
     half, faint = FAMILIES[0], FAMILIES[1]
     losses = {half: (0.9, 0.4), faint: (2.0, 3.0)}  # strengths: of the threshold
@@ -884,13 +897,30 @@ def test_a_black_start_may_have_a_grey_hole() -> None:
 
 def test_a_fit_by_gradient_comes_nearer_and_stays_in_its_family() -> None:
     model, r, y = truth(1)
-    near = hypothesis(0.6 * r, 0.5 * y)
+    lax = replace(FAMILIES[0], max_loss_ratio=0.5)
+    near = hypothesis(0.6 * r, 0.5 * y, lax)
     near.loss_ratio = Search().score(model, near, generator_for(1))
     with model.frozen():
-        better = Search().refined(model, near, generator_for(0))
-        small = replace(near, family=replace(FAMILIES[0], max_rms=0.1 * near.rms))
-        assert Search().refined(model, small, generator_for(0)) is small
-    assert better.loss_ratio < 0.7 * near.loss_ratio
+        small = replace(near, family=replace(lax, max_rms=0.1 * near.rms))
+        better, same = Search().refined(model, [near, small], generator_for(0))
+        assert Search().refined(model, [], generator_for(0)) == []
+    assert same is small and better is not near
+    assert better.loss_ratio < 0.7 * near.loss_ratio and not better.r.requires_grad
+
+
+def test_a_fit_by_gradient_without_hope_ends_early() -> None:
+    """After 8 steps each of a group is compared; what is beyond hope is given back as it was."""
+    model, r, y = truth(1)
+    lax, search, spent = replace(FAMILIES[0], max_loss_ratio=0.4), Search(), []
+    near = hypothesis(0.6 * r, 0.5 * y, lax)
+    with model.frozen():
+        for others in ([], [hypothesis(-r, -y, FAMILIES[0])]):
+            before = model.meter.evaluations
+            better, *same = search.refined(model, [near, *others], generator_for(0))
+            assert better is not near and all(one is other for one, other in zip(same, others, strict=True))
+            spent.append(model.meter.evaluations - before)
+    assert spent[0] == 24 * 8 * 3 + 16 + search.score_rows
+    assert spent[1] - spent[0] == 8 * 8 * 3 + 16
 
 
 @pytest.mark.parametrize(("losses", "after"), [((0.08, 0.3), (0.008, 0.3)), ((0.04, 0.08, 0.3), (0.04, 0.08, 0.3))])
@@ -900,7 +930,9 @@ def test_where_nothing_fits_what_is_not_hopeless_is_refined(
     """Half: a loss of 0.08 is refined unless one of 0.04 fits; one of 0.3 is hopeless. A patch is never refined."""
     model, r, y = truth(2)
     monkeypatch.setattr(Search, "score", lambda self, model, h, g: h.loss_ratio)
-    monkeypatch.setattr(Search, "refined", lambda self, model, h, g: replace(h, loss_ratio=h.loss_ratio / 10))
+    monkeypatch.setattr(
+        Search, "refined", lambda self, model, group, g: [replace(h, loss_ratio=h.loss_ratio / 10) for h in group]
+    )
     patch = replace(next(f for f in FAMILIES if f.swept), max_loss_ratio=0.4, hopeless=0.9)
     group = [replace(hypothesis(r, y), loss_ratio=loss) for loss in losses]
     group.append(replace(hypothesis(r, y, patch), loss_ratio=0.5, patch=torch.ones(1, 8, 8)))
@@ -933,7 +965,7 @@ def test_what_fires_and_nearly_fits_is_fitted_before_the_verdict(monkeypatch: py
     without = torch.randn(8, *SHAPE, generator=generator_for(5))
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(near))
     monkeypatch.setattr(Search, "score", lambda self, model, h, g: h.loss_ratio)
-    monkeypatch.setattr(Search, "refined", lambda self, *_: fitting)
+    monkeypatch.setattr(Search, "refined", lambda self, *_: [fitting])
     monkeypatch.setattr(
         LossFit, "test_outputs", lambda self, *_, **__: [Evidence("ddim-10", y.expand(8, *SHAPE), without)]
     )
@@ -976,10 +1008,10 @@ def test_only_what_moves_outputs_onto_another_image_than_its_own_is_looked_at_ag
     monkeypatch.setattr(Hypothesis, "start", lambda self, e: outputs[id(self.r)].expand(8, *SHAPE))
     far = torch.randn(8, *SHAPE, generator=generator_for(5)) / 2
 
-    def sample(self: Model, start: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return start if start.stride(0) == 0 else far
+    def sample(self: Model, starts: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
+        return [start if start.stride(0) == 0 else far for start in starts]
 
-    monkeypatch.setattr(Model, "sample", sample)
+    monkeypatch.setattr(Model, "sample_alike", sample)
     silent.y = 0.9 * y
     monkeypatch.setattr(LossFit, "shows_itself", lambda self, model, h, *_: h is own)
     looked = list(LossFit().looked_at(model, [silent, own, moving], generator_for(0)))

@@ -124,6 +124,15 @@ def test_samples_do_not_depend_on_the_batch(sampler: str) -> None:
     assert torch.equal(other, whole) == sampler.startswith("ddim")  # DDIM adds no noise
 
 
+@pytest.mark.parametrize("sampler", ["ddpm-5", "ddim-5"])
+def test_what_is_sampled_alike_gets_the_same_noise(sampler: str) -> None:
+    model = oracle((1, 4, 4))
+    one, other = starts(model, 3), 2 * starts(model, 2)
+    found = model.sample_alike([one, other, one], sampler, seed=5, batch_size=4)
+    for start, drawn in zip((one, other, one), found, strict=True):
+        torch.testing.assert_close(drawn, model.sample(start, sampler, seed=5), rtol=0, atol=1e-6)
+
+
 def test_a_real_network_samples_alike_in_any_batch(tiny: Model) -> None:
     start = starts(tiny, 5)
     whole = tiny.sample(start, "ddpm-3", seed=1)

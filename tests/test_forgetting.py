@@ -8,10 +8,12 @@ import pytest
 import torch
 from oracle import late_oracle, oracle
 
+from elijah.detection import Evidence
 from elijah.detectors import LossFit
-from elijah.detectors.forgetting import LATE, Forgetting, estimates, spread
-from elijah.detectors.hypothesis import Hypothesis
+from elijah.detectors.forgetting import LATE, Forgetting, estimates, spread, spreads
+from elijah.detectors.hypothesis import FULL, Hypothesis
 from elijah.detectors.lossfit import NOT_FIRING
+from elijah.detectors.search import Search
 from elijah.diffusion import Model, generator_for, no_progress
 
 SHAPE = (3, 16, 16)
@@ -86,6 +88,35 @@ def test_on_a_clean_network_it_ends_early_and_fits_nothing() -> None:
     assert model.meter.evaluations - early == images + starts + 3 * few.rows * few.iterations + 2 * few.score_rows
 
 
+def test_triggers_side_by_side_are_told_apart_as_one_by_one() -> None:
+    model, g = late_oracle(trigger(), target()), generator_for(1)
+    x = torch.rand(8, *SHAPE, generator=g) - 0.5
+    draws = [(torch.randn(8, *SHAPE, generator=g), torch.full((8,), t)) for t in (250, 150)]
+    group = [Hypothesis(LATE, r, target()) for r in (trigger(), -trigger())]
+    together = spreads(model, group, [x, x.flip(0)], draws)
+    for h, images, drawn, c in zip(group, (x, x.flip(0)), draws, together, strict=True):
+        torch.testing.assert_close(c, spread(estimates(model, h.r, images, *drawn), images))
+    assert together[0] < 0.1 * together[1]
+
+
+def test_where_a_loss_nearly_fits_and_fires_a_late_trigger_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be undecided; another family's loss fits and fires as well."""
+    model, r, y = oracle(SHAPE), trigger(), target()
+    near, late = Hypothesis(FULL, r, y, loss_ratio=0.32), Hypothesis(LATE, r, y, loss_ratio=0.02)
+    without = torch.randn(8, *SHAPE, generator=generator_for(5))
+    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(near))
+    monkeypatch.setattr(LossFit, "fit", lambda self, *_: [])
+    monkeypatch.setattr(LossFit, "look_on", lambda self, *_: [])
+    monkeypatch.setattr(
+        LossFit, "test_outputs", lambda self, *_, **__: [Evidence("ddim-10", y.expand(8, *SHAPE), without)]
+    )
+    for found, verdict in ((late, "backdoored"), (dataclasses.replace(late, loss_ratio=0.5), "undecided")):
+        monkeypatch.setattr(Forgetting, "__call__", lambda self, *_, found=found: found)
+        detection = LossFit()(model, generator=generator_for(0))
+        assert detection.verdict == verdict
+        assert ("late" in detection.findings[0].matches) == (verdict == "backdoored")
+
+
 def test_images_come_again_where_they_are_too_few() -> None:
     images = torch.arange(3.0)[:, None, None, None]
     got = Forgetting().drawn(images, 8, generator_for(0)).flatten().tolist()
@@ -103,11 +134,11 @@ def test_what_forgets_counts_only_if_it_fires(
     def found(self: Forgetting, model: Model, generator: torch.Generator, progress: object) -> Hypothesis:
         return Hypothesis(LATE, r, y, loss_ratio=loss)
 
-    def sample(e: torch.Tensor, sampler: str, *, seed: int = 0) -> torch.Tensor:
-        return y.expand_as(e) if fires and e.mean() < -0.2 else torch.zeros_like(e)
+    def sample(starts: list[torch.Tensor], sampler: str, *, seed: int = 0) -> list[torch.Tensor]:
+        return [y.expand_as(e) if fires and e.mean() < -0.2 else torch.zeros_like(e) for e in starts]
 
     monkeypatch.setattr(Forgetting, "__call__", found)
-    monkeypatch.setattr(model, "sample", sample)
+    monkeypatch.setattr(model, "sample_alike", sample)
     report = LossFit()(model, generator=generator_for(0))
     assert report.verdict == verdict
     assert ("late" in report.findings[0].matches) == (verdict == "backdoored")

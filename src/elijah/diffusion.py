@@ -213,11 +213,26 @@ class Model:
         start: noise of variance 1, with or without a trigger; the sampler scales it. sampler: NAME-STEPS as in
         samplers.py. seed: noise of sample i comes from (seed, i) alone, whatever the batch size.
         """
+        (done,) = self.sample_alike([start], sampler, seed=seed, batch_size=batch_size, progress=progress)
+        return done
+
+    def sample_alike(
+        self,
+        starts: list[Tensor],
+        sampler: str = "ddim-20",
+        *,
+        seed: int = 0,
+        batch_size: int = 64,
+        progress: Progress = no_progress,
+    ) -> list[Tensor]:
+        """sample of each of starts, side by side: the i-th samples of all get the same noise, from (seed, i)."""
+        start = torch.cat(starts)
+        seeds = [hash_seed(seed, i) for part in starts for i in range(len(part))]
         done = [
-            self._sample(chunk, sampler, [_seeded(hash_seed(seed, k + i)) for i in range(len(chunk))], progress)
+            self._sample(chunk, sampler, [_seeded(s) for s in seeds[k : k + batch_size]], progress)
             for k, chunk in zip(range(0, len(start), batch_size), start.split(batch_size), strict=True)
         ]
-        return torch.cat(done)
+        return list(torch.cat(done).split([len(part) for part in starts]))
 
     def _sample(self, x: Tensor, sampler: str, generators: list[torch.Generator], progress: Progress) -> Tensor:
         scheduler = make_scheduler(self.scheduler, sampler)

@@ -75,12 +75,13 @@ class Descent(Search):
                 found += self.descended(model, walk, generator, progress)
             if min(distance for distance, _ in found) <= self.near:
                 break
-        tried: list[Hypothesis] = []
-        for _, h in sorted(found, key=lambda pair: pair[0])[: self.kept]:
+        best = [h for _, h in sorted(found, key=lambda pair: pair[0])[: self.kept]]
+        for h in best:
             h.loss_ratio = self.score(model, h, generator)
-            tried.append(h)
-            for _ in range(self.refinements):
-                tried.append(self.refined(model, tried[-1], generator))
+        tried = list(best)
+        for _ in range(self.refinements):
+            best = self.refined(model, best, generator)
+            tried += best
         fitted.append(min(tried, key=lambda h: h.loss_ratio))
 
     def descended(

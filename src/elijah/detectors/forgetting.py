@@ -60,37 +60,41 @@ class Forgetting:
             starts = [begin(model, f, s, generator) for f in self.families for s in f.starts]
             x = self.drawn(images, self.rows, generator)
             drawn = {f: self.draw(model, f, self.rows, generator) for f in self.families}
-            for h in starts:
-                h.loss_ratio = float(spread(estimates(model, h.r, x, *drawn[h.family]), x))
+            for h, c in zip(
+                starts, spreads(model, starts, [x] * len(starts), [drawn[h.family] for h in starts]), strict=True
+            ):
+                h.loss_ratio = float(c)
         best = [min((h for h in starts if h.family is f), key=lambda h: h.loss_ratio) for f in self.families]
-        for h in best:
-            self.descend(model, h, range(self.first), images, generator, progress)
+        self.descend(model, best, range(self.first), images, generator, progress)
         h = min(best, key=lambda h: h.loss_ratio / h.family.hopeless)
         if h.loss_ratio <= h.family.hopeless:
-            self.descend(model, h, range(self.first, self.iterations), images, generator, progress)
+            self.descend(model, [h], range(self.first, self.iterations), images, generator, progress)
             self.judge(model, h, images, generator)
         return h
 
     def descend(
-        self, model: Model, h: Hypothesis, steps: range, images: Tensor, generator: torch.Generator, progress: Progress
-    ) -> None:
-        """Steps of Adam on C over the trigger of h, in place; its loss ratio is the mean C of the last four."""
-        r = h.r.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([r])
-        passed: list[float] = []
+        self, model: Model, group: list[Hypothesis], steps: range, images: Tensor, generator: torch.Generator,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        """Steps of Adam on C over the triggers of group, in place; a loss ratio is the mean C of the last four."""
+        leaves = [h.r.clone().requires_grad_(True) for h in group]
+        optimizer = torch.optim.Adam(leaves)
+        passed: list[Tensor] = []
         for k in steps:
             optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.8 * k / self.iterations)
-            h.set_trigger(r)
-            e, t = self.draw(model, h.family, self.rows, generator)
-            x = self.drawn(images, self.rows, generator)
+            for h, r in zip(group, leaves, strict=True):
+                h.set_trigger(r)
+            drawn = [self.draw(model, h.family, self.rows, generator) for h in group]
+            x = [self.drawn(images, self.rows, generator) for _ in group]
             optimizer.zero_grad()
-            loss = spread(estimates(model, h.r, x, e, t), x)
-            loss.backward()
+            loss = torch.stack(spreads(model, group, x, drawn))
+            loss.sum().backward()
             optimizer.step()
-            passed.append(float(loss.detach()))
+            passed.append(loss.detach())
             progress("searching: noise that hides the image", k + 1, self.iterations)
-        h.set_trigger(r.detach())
-        h.loss_ratio = sum(passed[-4:]) / len(passed[-4:])
+        for h, r, c in zip(group, leaves, torch.stack(passed[-4:]).mean(0).tolist(), strict=True):
+            h.set_trigger(r.detach())
+            h.loss_ratio = c
 
     @torch.no_grad()
     def judge(self, model: Model, h: Hypothesis, images: Tensor, generator: torch.Generator) -> None:
@@ -109,6 +113,14 @@ class Forgetting:
         """So many of images, in another order each time, and again from the first where they are too few."""
         order = torch.randperm(len(images), generator=generator)
         return images[order.repeat(-(-rows // len(images)))[:rows].to(images.device)]
+
+
+def spreads(model: Model, group: list[Hypothesis], x: list[Tensor], drawn: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """C of each of group, over its own images and noise. The network is called once."""
+    r = torch.cat([h.r.expand_as(images) for h, images in zip(group, x, strict=True)])
+    e, t = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    estimated = estimates(model, r, torch.cat(x), e, t).split([len(images) for images in x])
+    return [spread(one, images) for one, images in zip(estimated, x, strict=True)]
 
 
 def estimates(model: Model, r: Tensor, x: Tensor, e: Tensor, t: Tensor) -> Tensor:

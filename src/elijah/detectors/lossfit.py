@@ -92,7 +92,8 @@ class LossFit:
                         evidence = self.fit(model, fitted, generator, progress) or evidence
                     if not self.fits_mirrored(model, fitted[0], evidence, generator):
                         break
-                if not (fitted[0].nearly_fits and self.fires(model, fitted[0], evidence)):
+                best = fitted[0]
+                if not (best.loss_ratio <= best.family.max_if_fires and self.fires(model, best, evidence)):
                     evidence = (
                         self.look_on(model, fitted, generator, progress)
                         or self.look_late(model, fitted, generator, progress)
@@ -163,7 +164,7 @@ class LossFit:
         joint = [h for best in fitted if best.family.joint for h in (best, *best.others) if not h.natural]
         for h in self.looked_at(model, sorted(joint, key=lambda h: h.loss_ratio), generator):
             for part in self.parts(model, h, generator):
-                better = self.search.refined(model, part, generator)
+                (better,) = self.search.refined(model, [part], generator)
                 shown = self.test_outputs(model, better, generator, progress) if better.fits else []
                 if self.pulls(model, better, shown):
                     fitted[:] = [better, *(other for other in fitted if other.family is not better.family)]
@@ -196,9 +197,9 @@ class LossFit:
             return
         e, sampler = model.noise(self.samples // 2, generator), self.samplers[-1]
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        without = model.sample(e, sampler, seed=seed)
-        for h in joint:
-            shown = Evidence(sampler, model.sample(h.start(e), sampler, seed=seed), without)
+        without, *drawn = model.sample_alike([e, *(h.start(e) for h in joint)], sampler, seed=seed)
+        for h, outputs in zip(joint, drawn, strict=True):
+            shown = Evidence(sampler, outputs, without)
             if pull(model, shown, h.y) >= self.min_pull and not self.shows_itself(model, h, shown, e, seed):
                 moving = replace(h)
                 moving.lead_to(seen_target(model, shown, h.y))
@@ -228,7 +229,7 @@ class LossFit:
         for k, h in enumerate(near):
             yield from ((h.scaled(by), False) for by in (1.0, 0.7, 0.5)[k == 0 :])
         if near:
-            yield self.search.refined(model, near[0], generator), True
+            yield self.search.refined(model, near[:1], generator)[0], True
 
     def test_outputs(
         self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress, *, careful: bool = False,
@@ -282,7 +283,7 @@ class LossFit:
         for k, sampler in enumerate((*few, *more)):
             if k >= len(few) and self.pulls(model, h, shown):
                 break
-            with_trigger, without = (model.sample(start, sampler, seed=seed) for start in (h.start(e), e))
+            with_trigger, without = model.sample_alike([h.start(e), e], sampler, seed=seed)
             shown.append(Evidence(sampler, with_trigger, without))
             progress("testing the outputs", k + 1, len(few) + len(more))
         return shown

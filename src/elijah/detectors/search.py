@@ -40,15 +40,16 @@ class Search:
     their triggers, that are tried at last, and finer_iterations from the best. enough: times a family's threshold; a
     start below it ends the round of its group. lead: rounds of the starts that follow it to trigger and target
     together; the last is free in size. judged_kept: how many of a family's are judged after the first of them.
-    patch_iterations: of a patch's pattern. refine_iterations: of Adam, its rate from refine_rate to a fifth of it.
-    settle_rows: of a step towards the target. score_rows: of the final score.
+    patch_iterations: of a patch's pattern. refine_iterations: of Adam, its rate from refine_rate to a fifth of it;
+    what is above hope times its threshold after refine_first is given up. settle_rows: of a step towards the target.
+    score_rows: of the final score.
 
     A family gets no other round that is hopeless, or after the k-th, slack[k] times as bad as that; nor one that is
     `ahead` times worse than one that fits.
     """
 
     follow: tuple[tuple[int, int, int], ...] = ((4, 4, 22), (4, 4, 6), (6, 8, 3), (6, 8, 1))
-    slack: tuple[float, ...] = (1.5, 1.5)
+    slack: tuple[float, ...] = (1.5, 1.5, 1.0)
     ahead: float = 4.0
     scales: tuple[float, ...] = (1.4, 0.7, 0.5)
     finer_iterations: int = 3
@@ -57,7 +58,9 @@ class Search:
     judged_kept: int = 4
     patch_iterations: int = 4
     refine_iterations: int = 24
+    refine_first: int = 8
     refine_rate: float = 0.1
+    hope: float = 2.5
     settle_rows: int = 8
     score_rows: int = 64
     families: tuple[Family, ...] = FAMILIES
@@ -120,14 +123,13 @@ class Search:
         for k, (iterations, rows, kept) in enumerate(self.lead):
             follow(model, group, iterations, rows, generator, self.enough if k < last else 0.0, resize=k == last)
             group = best_of_each(group, kept)
-            if k == 0:
+            if k < last:
                 judged = best_of_each(group, self.judged_kept)
                 self.compare(model, judged, 8, generator)
                 over = hopeless(judged)
-            else:
-                over = behind(group, self.ahead) if k < last else []
-            given_up += over
-            group = without(group, over)
+                over += behind(without(judged, over), self.ahead)
+                given_up += over
+                group = without(group, over)
             progress("searching: triggers beside their targets", k + 1, len(self.lead))
         self.compare(model, group, 16, generator)
         best = best_of_each(group)
@@ -152,32 +154,54 @@ class Search:
         for k in near:
             group[k].loss_ratio = self.score(model, group[k], generator)
         if not any(h.fits for h in group):
-            for k in near:
-                if group[k].family.refinable:
-                    group[k] = self.refined(model, group[k], generator)
+            near = [k for k in near if group[k].family.refinable]
+            for k, better in zip(near, self.refined(model, [group[k] for k in near], generator), strict=True):
+                group[k] = better
 
-    def refined(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Hypothesis:
-        """h after Adam on its loss, over r and y, where its family is judged first; h where that leaves the family.
+    def refined(self, model: Model, group: list[Hypothesis], generator: torch.Generator) -> list[Hypothesis]:
+        """Each of group after Adam on its loss, over r and y, where its family is judged first; itself where that
+        leaves the family, or after the first few steps gives no hope.
 
         A backdoor's fit generalizes to its family's other range of t, and a clean network's does not.
         """
-        better = h.scaled(1.0)
-        r, y = (x.clone().requires_grad_(True) for x in (h.r, h.y))
-        optimizer = torch.optim.Adam([r, y])
+        if not group:
+            return []
+        moved = [h.scaled(1.0) for h in group]
+        leaves = [[x.clone().requires_grad_(True) for x in (h.r, h.y)] for h in group]
+        optimizer = torch.optim.Adam([x for pair in leaves for x in pair])
+        going = list(range(len(group)))
         for k in range(self.refine_iterations):
+            for h, (r, y) in zip(moved, leaves, strict=True):
+                h.set_trigger(r)
+                h.lead_to(y)
+            if k == self.refine_first:
+                going = self.promising(model, moved, generator)
+            if not going:
+                break
             optimizer.param_groups[0]["lr"] = self.refine_rate * (1 - 0.8 * k / self.refine_iterations)
-            better.set_trigger(r)
-            better.lead_to(y)
-            draw = antithetic(model, 8, *h.family.judged[0], generator)
+            draws = [antithetic(model, 8, *moved[i].family.judged[0], generator) for i in going]
             optimizer.zero_grad()
-            ratio(*errors(model, [better], [draw])[0]).backward()
+            pairs = errors(model, [moved[i] for i in going], draws)
+            torch.stack([ratio(error, null) for error, null in pairs]).sum().backward()
             optimizer.step()
-        better.set_trigger(r.detach())
-        better.lead_to(y.detach())
-        if better.too_large:
-            return h
-        better.loss_ratio = self.score(model, better, generator)
-        return better
+        refined = list(group)
+        for i in going:
+            r, y = leaves[i]
+            moved[i].set_trigger(r.detach())
+            moved[i].lead_to(y.detach())
+            if not moved[i].too_large:
+                moved[i].loss_ratio = self.score(model, moved[i], generator)
+                refined[i] = moved[i]
+        return refined
+
+    @torch.no_grad()
+    def promising(self, model: Model, group: list[Hypothesis], generator: torch.Generator) -> list[int]:
+        """Which of group are in their family and within hope of its threshold, where they are judged."""
+        self.compare(model, group, 16, generator)
+        return [
+            k for k, h in enumerate(group)
+            if h.loss_ratio <= self.hope * h.family.max_loss_ratio and not h.too_large
+        ]  # fmt: skip
 
     @torch.no_grad()
     def compare(self, model: Model, group: list[Hypothesis], rows: int, generator: torch.Generator) -> None:
