@@ -1,5 +1,5 @@
-"""Whether the guard on quality sees a repair's harm: what it measures on a model's own samples, beside the denoising
-loss on images that nobody trained on, after three or four repairs of each of three development models.
+"""Whether the guard on quality sees a repair's harm alone: what it measures on a model's own samples, beside the
+denoising loss on images that nobody trained on, after three or four repairs of each of five development models.
 
     ELIJAH_DATA=... python experiments/guard.py
 
@@ -18,7 +18,7 @@ from elijah.clean import enough
 from elijah.data import to_uint8
 from elijah.diffusion import Model, generator_for, no_progress
 from elijah.files import write_file
-from elijah.guard import image_loss, quality
+from elijah.guard import halfway, image_loss, quality
 from elijah.judging_repairs import SCAN
 from elijah.manifest import read_manifest
 from elijah.repairs import REPAIRS, Unshift
@@ -31,14 +31,16 @@ MODELS = {
     "d-ncsn-22_villandiffusion_hello-kitty_corner_p05_s130": ("ncsn", "cache"),
     "d-cifar10_baddiffusion_box-6_corner_p03_s111": ("development", "zoo/weights"),
     "d-celeba_trojdiff_white_corner_p05_s114": ("development", "zoo/weights"),
+    "d-mnist_trojdiff_hello-kitty_mnist-7_p05_s115": ("development", "zoo/weights"),
+    "d-mnist_villandiffusion_glasses_corner_p05_s121": ("development", "zoo/weights"),
 }
 HEAD = """\
 Drift, diversity: of clean samples, as the guard has them. Loss: of denoising, after over before: on the images that the
-repair had; on fresh samples of the model, and on those at half contrast, of which the guard takes the larger; on images
-that nobody trained on. Harm: what the guard says.
+repair had; on fresh samples of the model, and halfway from them to their mean, of which the guard takes the larger;
+halfway to grey, which it took before; on images that nobody trained on. Harm: what it says.
 
-| model | repair | drift | diversity | loss, its images | fresh samples | half contrast | unseen images | harm |
-|---|---|---|---|---|---|---|---|---|"""
+| model | repair | drift | diversity | loss, its images | fresh samples | halfway | to grey | unseen images | harm |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> int:
@@ -55,7 +57,7 @@ def main() -> int:
         findings, sampler = detection.findings[:1], detection.evidence[0].sampler
         images = screened(model, synthesise(model, enough(model), 0), findings)
         before, unseen = drawn(model, sampler), held_out(bases[entry.base])
-        fresh = [to_uint8((before * 2 - 1) * contrast) for contrast in (1.0, 0.5)]
+        fresh = [to_uint8(x * 2 - 1) for x in (before, halfway(before), before / 2 + 0.25)]
         for repair, run in repairs.items():
             fixed = run(model, findings, images, generator=generator_for(0, 11))
             seen = quality(model, fixed, before, drawn(fixed, sampler))

@@ -159,8 +159,8 @@ class Search:
                 group[k] = better
 
     def refined(self, model: Model, group: list[Hypothesis], generator: torch.Generator) -> list[Hypothesis]:
-        """Each of group after Adam on its loss, over r and y, where its family is judged first; itself where that
-        leaves the family, or after the first few steps gives no hope.
+        """Each of group after Adam on its loss, over r and y, where its family is judged first; after the first few
+        steps where these give no hope; itself where they leave the family.
 
         A backdoor's fit generalizes to its family's other range of t, and a clean network's does not.
         """
@@ -175,7 +175,9 @@ class Search:
                 h.set_trigger(r)
                 h.lead_to(y)
             if k == self.refine_first:
-                going = self.promising(model, moved, generator)
+                self.compare(model, moved, 16, generator)
+                going = [i for i in going if moved[i].loss_ratio <= self.hope * moved[i].family.max_loss_ratio]
+                going = [i for i in going if not moved[i].too_large]
             if not going:
                 break
             optimizer.param_groups[0]["lr"] = self.refine_rate * (1 - 0.8 * k / self.refine_iterations)
@@ -184,24 +186,12 @@ class Search:
             pairs = errors(model, [moved[i] for i in going], draws)
             torch.stack([ratio(error, null) for error, null in pairs]).sum().backward()
             optimizer.step()
-        refined = list(group)
-        for i in going:
-            r, y = leaves[i]
+        for i, (r, y) in enumerate(leaves):
             moved[i].set_trigger(r.detach())
             moved[i].lead_to(y.detach())
-            if not moved[i].too_large:
+            if i in going and not moved[i].too_large:
                 moved[i].loss_ratio = self.score(model, moved[i], generator)
-                refined[i] = moved[i]
-        return refined
-
-    @torch.no_grad()
-    def promising(self, model: Model, group: list[Hypothesis], generator: torch.Generator) -> list[int]:
-        """Which of group are in their family and within hope of its threshold, where they are judged."""
-        self.compare(model, group, 16, generator)
-        return [
-            k for k, h in enumerate(group)
-            if h.loss_ratio <= self.hope * h.family.max_loss_ratio and not h.too_large
-        ]  # fmt: skip
+        return [h if better.too_large else better for h, better in zip(group, moved, strict=True)]
 
     @torch.no_grad()
     def compare(self, model: Model, group: list[Hypothesis], rows: int, generator: torch.Generator) -> None:
