@@ -218,14 +218,16 @@ def test_answers_to_noise_that_is_scaled_without_a_trigger_are_held_too() -> Non
 
 def test_how_hard_clean_answers_are_held() -> None:
     """Harder as the repair goes on where scaled noise is held as well, and where all triggers are patches or of
-    BadDiffusion's form."""
-    patch, bad = replace(found(), patch=torch.ones(1, *SHAPE[1:])), found(response=Response(1.0, 1.0))
+    BadDiffusion's form, and not faint."""
+    patch = replace(found(), patch=torch.ones(1, *SHAPE[1:]))
+    bad, faint = (replace(found(response=Response(1.0, 1.0)), trigger=torch.full(SHAPE, x)) for x in (0.5, 0.4))
     ode = found(response=Response(2.0, 1.0))
     repair = Unshift(hold=3.0, scaled_hold=(4.0, 16.0), growing_hold=(5.0, 20.0))
     for done, scaled, patched in (0.0, 4, 5), (0.5, 8, 10), (1.0, 16, 20):
         assert repair.hold_at(done, [ode, patch]) == pytest.approx(3)
         assert repair.hold_at(done, [ode, ode], [1.0, 0.6]) == pytest.approx(scaled)
         assert repair.hold_at(done, [patch, bad], [1.0, 1.0]) == pytest.approx(patched)
+        assert repair.hold_at(done, [bad, faint]) == pytest.approx(3)
         assert Distill().hold_at(done, [patch]) == pytest.approx(10)
         assert Unshift(hold=0.0).hold_at(done, [ode]) == 0
     model, x0 = oracle(SHAPE, s0=0.5, seed=9), torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5

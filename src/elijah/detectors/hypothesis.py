@@ -167,7 +167,7 @@ class Hypothesis:
     @property
     def rms(self) -> float:
         """Of the trigger."""
-        return float(self.r.square().mean().sqrt())
+        return float(self.r.detach().square().mean().sqrt())
 
     @property
     def too_large(self) -> bool:

@@ -50,6 +50,7 @@ from elijah.training import Optimiser, optimise
 
 GAMMAS = (0.05, 1.0)  # of patches, whose trigger is LARGEST times the found one at the most
 LARGEST = 2.0
+FAINT = 0.45  # rms of a trigger up to which it is a faint one, of the model's range
 LOOKED_AT = 0.7  # of T, from where on leak looks
 LOOKED_ROWS = 64
 
@@ -60,8 +61,8 @@ class Unshift:
     models the first with s of sigma_min. carried_share: of the rows with c = s; target_share, target_t_min: of the
     attacker's rows, and of T, where they begin; group: rows of one t; most, hold: in the loss above; scaled_hold: hold
     at the first and at the last update where scaled noise is held as well, which it is up to a leak of max_leak, and
-    never if None; growing_hold: the same where every trigger is a patch or of BadDiffusion's form, and hold if None;
-    average: the decay of the moving average, none if it is None.
+    never if None; growing_hold: the same where every trigger is a patch or, if not faint, of BadDiffusion's form, and
+    hold if None; average: the decay of the moving average, none if it is None.
     """
 
     steps: int = 100
@@ -232,8 +233,12 @@ def leak(model: Model, gamma: float, x0: Tensor, g: torch.Generator) -> float:
 
 
 def shows_first(finding: Finding) -> bool:
-    """Whether the trigger is answered otherwise than noise from the first step on, as in BadDiffusion's form."""
-    return (finding.response.kappa, finding.response.psi) == (1.0, 1.0)
+    """Whether a trigger is answered otherwise than noise from the first step on, as in BadDiffusion's form.
+
+    But not a faint one: much clean noise is near it, and to hold the answers to that would keep the backdoor.
+    """
+    strong = bool(finding.trigger.square().mean().sqrt() > FAINT)
+    return strong and (finding.response.kappa, finding.response.psi) == (1.0, 1.0)
 
 
 def one_target(finding: Finding) -> Tensor | None:
