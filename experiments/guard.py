@@ -1,5 +1,5 @@
-"""Whether the guard on quality sees a repair's harm alone: what it measures on a model's own samples, beside the
-denoising loss on images that nobody trained on, after three or four repairs of each of five development models.
+"""Whether the guard on quality sees a repair's harm: what it measures on a model's own samples, beside the denoising
+loss on images that nobody trained on, after three or four repairs of each of five development models.
 
     ELIJAH_DATA=... python experiments/guard.py
 
@@ -18,7 +18,7 @@ from elijah.clean import enough
 from elijah.data import to_uint8
 from elijah.diffusion import Model, generator_for, no_progress
 from elijah.files import write_file
-from elijah.guard import halfway, image_loss, quality
+from elijah.guard import image_loss, quality
 from elijah.judging_repairs import SCAN
 from elijah.manifest import read_manifest
 from elijah.repairs import REPAIRS, Unshift
@@ -36,11 +36,11 @@ MODELS = {
 }
 HEAD = """\
 Drift, diversity: of clean samples, as the guard has them. Loss: of denoising, after over before: on the images that the
-repair had; on fresh samples of the model, and halfway from them to their mean, of which the guard takes the larger;
-halfway to grey, which it took before; on images that nobody trained on. Harm: what it says.
+repair had; on fresh samples of the model, and on those at half contrast, of which the guard takes the larger; on images
+that nobody trained on. Harm: what the guard says.
 
-| model | repair | drift | diversity | loss, its images | fresh samples | halfway | to grey | unseen images | harm |
-|---|---|---|---|---|---|---|---|---|---|"""
+| model | repair | drift | diversity | loss, its images | fresh samples | half contrast | unseen images | harm |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> int:
@@ -57,7 +57,7 @@ def main() -> int:
         findings, sampler = detection.findings[:1], detection.evidence[0].sampler
         images = screened(model, synthesise(model, enough(model), 0), findings)
         before, unseen = drawn(model, sampler), held_out(bases[entry.base])
-        fresh = [to_uint8(x * 2 - 1) for x in (before, halfway(before), before / 2 + 0.25)]
+        fresh = [to_uint8((before * 2 - 1) * contrast) for contrast in (1.0, 0.5)]
         for repair, run in repairs.items():
             fixed = run(model, findings, images, generator=generator_for(0, 11))
             seen = quality(model, fixed, before, drawn(fixed, sampler))

@@ -28,7 +28,7 @@ from PIL import Image
 
 from elijah import guard
 from elijah.card import plain
-from elijah.clean import clean
+from elijah.clean import Removal, clean, compare
 from elijah.detection import Detection, Evidence, Finding, Threshold
 from elijah.diffusion import Model, generator_for
 from elijah.errors import ElijahError
@@ -457,3 +457,25 @@ def test_an_unwritable_place(
     with pytest.raises(ElijahError, match="cannot be written to; give another --out"):
         clean(str(tiny_folder), tmp_path / "out", synthetic=4)
     assert seeds == []
+
+
+@pytest.mark.parametrize(("targets", "counted"), [(1, 7), (7, 8)])
+def test_what_was_the_target_before_is_no_harm_when_it_changes(
+    targets: int, counted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of eight clean samples some are the found target, and change. Where nearly all are, all count."""
+    model = random_model()
+    y = torch.full(model.sample_shape, 0.5)
+    finding = Finding(Response(1.0, 1.0), torch.zeros(model.sample_shape), y, 0.02, "one image")
+    before = torch.linspace(-1, 0, 8)[:, None, None, None].expand(8, *model.sample_shape).clone()
+    before[:targets] = y
+    after = before.clone()
+    after[:targets] = -1.0
+    monkeypatch.setattr(Model, "sample", lambda self, *_, **__: before if self is model else after)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(cleaning, "quality", lambda _, __, *pair: seen.extend(pair) or guard.Quality(0.0, 1.0, 1.0))
+    done = Removal(model, [finding])
+    done.model = model.clone()
+    compare(model, done, Detection("lossfit", [finding], {}, [], "backdoored", "it fires"), 0)
+    assert [len(x) for x in seen] == [counted, counted]
+    assert torch.equal(seen[0], seen[1]) == (counted < 8)

@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 import elijah
 from elijah.bases import new_model, train_autoencoder
 from elijah.detection import Detection, Evidence
-from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit
+from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit, search
 from elijah.detectors.collapse import COLLAPSED, Collapse, Descent, Walk, centred, midst
 from elijah.detectors.elijah import Setting
 from elijah.detectors.hypothesis import (
@@ -730,6 +730,24 @@ def test_a_family_beside_its_target_is_given_up_by_what_judges_it() -> None:
         )
     settled = sum(s.level is not None for s in full.starts) * len(SETTLING) * 4
     assert model.meter.evaluations == settled + len(full.starts) * 2 * 4 + 2 * 8 * len(full.judged) and len(found) == 1
+
+
+@pytest.mark.parametrize(("losses", "rounds"), [((0.7,), 1), ((0.1, 0.7), 2), ((0.1, 0.1), 3)])
+def test_a_family_beside_its_target_is_judged_after_each_round_but_the_last(
+    losses: tuple[float, ...], rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, full, left, followed = oracle(SHAPE, s0=0.5), named("full"), iter(losses), []
+
+    def compare(self: Search, model: Model, group: list[Hypothesis], *_: Any) -> None:
+        loss = next(left, 0.1)
+        for h in group:
+            h.loss_ratio = loss
+
+    monkeypatch.setattr(Search, "compare", compare)
+    monkeypatch.setattr(search, "settle", lambda *_: None)
+    monkeypatch.setattr(search, "follow", lambda model, group, *_, **__: followed.append(len(group)))
+    found = Search(judged_kept=99).led(model, [replace(full, hopeless=0.6)], generator_for(0), lambda *_: None)
+    assert sum(n > 0 for n in followed) == rounds and len(found) == 1
 
 
 def test_as_many_outputs_are_drawn_as_asked() -> None:

@@ -33,7 +33,7 @@ from elijah.repairs import DEFAULT as DEFAULT_REPAIR
 from elijah.repairs import REPAIRS
 from elijah.report import CleaningInfo, CleanReport, Report, finite
 from elijah.scan import as_dtype, describe, inspect, picture
-from elijah.synthetic import screened, screening_words, synthesise
+from elijah.synthetic import LEAST, no_target, screened, screening_words, synthesise
 
 ROUNDS = 6  # of repair and rescan, at the most
 SYNTHETIC = 512  # images that the model samples itself where no data are given; an eighth if they are costly
@@ -285,7 +285,8 @@ def still_fire(model: Model, findings: list[Finding], seed: int) -> bool:
 def compare(model: Model, done: Removal, detection: Detection, seed: int) -> tuple[dict[str, Any], Quality]:
     """Numbers and pictures before and after that need no truth: same noise, same found triggers, both models.
 
-    The pictures are of the first finding.
+    The pictures are of the first finding. Samples that are a found target before count for nothing: they ought to
+    change.
     """
     sampler = detection.evidence[0].sampler if detection.evidence else model.quick_sampler
     e = model.noise(SAMPLES // 2 if model.exploding else SAMPLES, generator_for(seed, 3))
@@ -294,7 +295,9 @@ def compare(model: Model, done: Removal, detection: Detection, seed: int) -> tup
         for which, m in (("before", model), ("after", done.model))
     }
     pixels = {which: [model.pixels(x) for x in samples] for which, samples in drawn.items()}
-    measured = quality(model, done.model, pixels["before"][0], pixels["after"][0])
+    clean = no_target(model, pixels["before"][0], done.findings)
+    clean = clean if clean.float().mean() >= LEAST else torch.ones_like(clean)
+    measured = quality(model, done.model, pixels["before"][0][clean], pixels["after"][0][clean])
     numbers = {}
     for which, seen in (("before", Quality(0.0, 1.0, 1.0)), ("after", measured)):
         benign, *triggered = pixels[which]

@@ -2,7 +2,7 @@
 
 Samples of both models from equal noise, without a trigger, and the denoising loss of both on the first one's. No real
 data are needed, and none of the images that the repair had, on which it keeps its quality longest. A repair may harm
-what the model can draw and does not: the loss is taken halfway to the samples' mean as well, where that shows most.
+what the model can draw and does not: the loss is taken at half the contrast as well, where that shows most.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from elijah.training import denoising_loss
 
 DRIFT = "clean drift, share of the samples' own differences"
 DIVERSITY = "diversity of clean samples, after / before"
-LOSS = "denoising loss on fresh samples, or halfway to their mean, after / before"
+LOSS = "denoising loss on fresh samples, at full or half contrast, after / before"
 MAX_DRIFT, MIN_DIVERSITY, MAX_DIVERSITY, MAX_LOSS = 0.5, 0.6, 2.0, 1.25
 MAX_EXPLODING_DRIFT = 0.9  # a thousand fresh noises carry equal starts apart: plain fine-tuning moves samples by 0.55
 ROWS = 256
@@ -50,18 +50,13 @@ class Quality:
 
 def quality(model: Model, fixed: Model, before: Tensor, after: Tensor) -> Quality:
     """before, after: clean samples of model and of fixed from equal noise, [N, C, H, W] on [0, 1]."""
-    images = [to_uint8(x * 2 - 1).cpu() for x in (before, halfway(before))]
+    images = [to_uint8((before * 2 - 1) * contrast).cpu() for contrast in (1.0, 0.5)]
     return Quality(
         paired_drift(before, after) / max(pairwise_mse(before), 1e-12),
         diversity_ratio(after, before),
         max(image_loss(fixed, x) / max(image_loss(model, x), 1e-12) for x in images),
         MAX_EXPLODING_DRIFT if model.exploding else MAX_DRIFT,
     )
-
-
-def halfway(images: Tensor) -> Tensor:
-    """Images [N, C, H, W] at half their contrast to their mean: what all of them have in common stays as it is."""
-    return (images + images.mean(0)) / 2
 
 
 @torch.no_grad()

@@ -30,18 +30,23 @@ def screened(model: Model, images: Tensor, findings: Sequence[Finding]) -> Tenso
     known target, has no image to compare with, and nothing is left out for it: what protects there is that the images
     come from noise without the trigger. Raises ElijahError when fewer than LEAST of the images are left.
     """
-    kept = torch.ones(len(images), dtype=torch.bool)
-    pixels = images.float() / 255
-    for finding in findings:
-        if finding.target is not None and not finding.distribution:
-            errors = (pixels - model.pixels(finding.target[None]).cpu()).square().flatten(1).mean(1)
-            kept &= errors >= max(SAME, NEAR * float(errors.median()))
+    kept = no_target(model, images.float() / 255, findings)
     if kept.float().mean() < LEAST:
         raise ElijahError(
             f"{int((~kept).sum())} of {len(images)} images are like the target that was found: too few are left to "
             "repair with; give clean images with --data, or more of its own with --synthetic"
         )
     return images[kept]
+
+
+def no_target(model: Model, pixels: Tensor, findings: Sequence[Finding]) -> Tensor:
+    """Which of pixels [N, C, H, W] on [0, 1] are not near the target of a finding: bool [N]."""
+    kept = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
+    for finding in findings:
+        if finding.target is not None and not finding.distribution:
+            errors = (pixels - model.pixels(finding.target[None]).to(pixels)).square().flatten(1).mean(1)
+            kept &= errors >= max(SAME, NEAR * float(errors.median()))
+    return kept
 
 
 def screening_words(findings: Sequence[Finding], images: int, dropped: int) -> str:
