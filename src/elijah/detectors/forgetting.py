@@ -60,9 +60,8 @@ class Forgetting:
             starts = [begin(model, f, s, generator) for f in self.families for s in f.starts]
             x = self.drawn(images, self.rows, generator)
             drawn = {f: self.draw(model, f, self.rows, generator) for f in self.families}
-            for h, c in zip(
-                starts, spreads(model, starts, [x] * len(starts), [drawn[h.family] for h in starts]), strict=True
-            ):
+            found = spreads(model, starts, [x] * len(starts), [drawn[h.family] for h in starts])
+            for h, c in zip(starts, found, strict=True):
                 h.loss_ratio = float(c)
         best = [min((h for h in starts if h.family is f), key=lambda h: h.loss_ratio) for f in self.families]
         self.descend(model, best, range(self.first), images, generator, progress)

@@ -147,6 +147,11 @@ class Hypothesis:
         return self.strength <= 1
 
     @property
+    def fits_if_fires(self) -> bool:
+        """Whether it fits where its trigger is seen to fire."""
+        return self.loss_ratio <= self.family.max_if_fires and not self.natural
+
+    @property
     def nearly_fits(self) -> bool:
         """Whether it is worth more effort where the outputs say that it fires."""
         return self.loss_ratio <= 1.1 * self.family.max_if_fires and not self.natural

@@ -92,8 +92,7 @@ class LossFit:
                         evidence = self.fit(model, fitted, generator, progress) or evidence
                     if not self.fits_mirrored(model, fitted[0], evidence, generator):
                         break
-                best = fitted[0]
-                if not (best.loss_ratio <= best.family.max_if_fires and self.fires(model, best, evidence)):
+                if not (fitted[0].fits_if_fires and self.fires(model, fitted[0], evidence)):
                     evidence = (
                         self.look_on(model, fitted, generator, progress)
                         or self.look_late(model, fitted, generator, progress)
@@ -348,7 +347,7 @@ class LossFit:
             scores["pull"] = max((pull(model, x, best.y) for x in evidence), default=0.0)
             thresholds["pull"] = Threshold(self.min_pull, "above")
             fires = best.nearly_fits and self.fires(model, best, evidence)
-            fits = best.fits or (fires and best.loss_ratio <= best.family.max_if_fires)
+            fits = best.fits or (fires and best.fits_if_fires)
             if complete or fits or fires:
                 verdict, reason = VERDICTS[fits, fires][0], VERDICTS[best.fits, fires][1]
             if verdict == "clean" and (passed := next((h.natural for h in fitted if h.natural), "")):

@@ -176,8 +176,7 @@ class Search:
                 h.lead_to(y)
             if k == self.refine_first:
                 self.compare(model, moved, 16, generator)
-                going = [i for i in going if moved[i].loss_ratio <= self.hope * moved[i].family.max_loss_ratio]
-                going = [i for i in going if not moved[i].too_large]
+                going = [i for i, h in enumerate(moved) if h.strength <= self.hope and not h.too_large]
             if not going:
                 break
             optimizer.param_groups[0]["lr"] = self.refine_rate * (1 - 0.8 * k / self.refine_iterations)

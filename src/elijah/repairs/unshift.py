@@ -50,7 +50,7 @@ from elijah.training import Optimiser, optimise
 
 GAMMAS = (0.05, 1.0)  # of patches, whose trigger is LARGEST times the found one at the most
 LARGEST = 2.0
-FAINT = 0.45  # rms of a trigger up to which it is a faint one, of the model's range
+FAINT_RMS = 0.45  # of a trigger, up to which it is a faint one
 LOOKED_AT = 0.7  # of T, from where on leak looks
 LOOKED_ROWS = 64
 
@@ -237,7 +237,7 @@ def shows_first(finding: Finding) -> bool:
 
     But not a faint one: much clean noise is near it, and to hold the answers to that would keep the backdoor.
     """
-    strong = bool(finding.trigger.square().mean().sqrt() > FAINT)
+    strong = bool(finding.trigger.square().mean().sqrt() > FAINT_RMS)
     return strong and (finding.response.kappa, finding.response.psi) == (1.0, 1.0)
 
 
