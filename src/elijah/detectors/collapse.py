@@ -130,7 +130,7 @@ def midst(outputs: Tensor) -> tuple[float, Tensor]:
 
 @dataclass(frozen=True)
 class Collapse(LossFit):
-    """Looks for faint and learned triggers alone; for models that LossFit calls clean, at five to 14 times its cost."""
+    """Looks for faint and learned triggers alone, after LossFit, at three to 14 times its cost."""
 
     name: ClassVar[str] = "collapse"
     kinds: ClassVar[tuple[str, ...]] = ("ddpm",)
