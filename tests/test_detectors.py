@@ -19,7 +19,7 @@ import elijah
 from elijah.bases import new_model, train_autoencoder
 from elijah.detection import Detection, Evidence
 from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit, search
-from elijah.detectors.collapse import COLLAPSED, Collapse, Descent, Walk, centred, midst
+from elijah.detectors.collapse import COLLAPSED, Descent, centred, midst
 from elijah.detectors.elijah import Setting
 from elijah.detectors.hypothesis import (
     FAMILIES,
@@ -35,7 +35,9 @@ from elijah.detectors.hypothesis import (
     spectrum,
     steadiness,
 )
-from elijah.detectors.lossfit import FITS_NEGATIVE, VERDICTS
+from elijah.detectors.learned import Collapse
+from elijah.detectors.lossfit import VERDICTS
+from elijah.detectors.natural import FITS_NEGATIVE, Natural
 from elijah.detectors.outputs import both, correlation, pull
 from elijah.detectors.power import SETTLING, follow, off_by, settle
 from elijah.detectors.search import Search, begin, behind, best_of_each, hopeless, without
@@ -51,14 +53,14 @@ FAST: dict[str, dict[str, Any]] = {  # settings that make a contract cheap on a 
         "samples": 4, "samplers": ("ddim-3",), "careful_samplers": ("ddim-4",),
     },
     "collapse": {
-        "search": Descent(walks=(Walk(2, 1, 1, 2),), score_rows=8, refine_iterations=2),
+        "search": Descent(walks=2, steps=2, centred=1, sampler_steps=2, score_rows=8, refine_iterations=2),
         "samples": 4, "samplers": ("ddim-3",), "careful_samplers": ("ddim-4",),
     },
     "elijah": {"sampler": "ddpm-3", "batch_size": 4, "iterations": 3, "samples": 9},
     "terd": {"iterations": 3, "refine_iterations": 2, "batch_size": 4, "steps": 3, "samples": 9, "sampler": "ddim-3"},
 }  # fmt: skip
 SHORTER: dict[str, dict[str, Any]] = {  # settings that shorten a contract on an oracle
-    "collapse": {"search": Descent(walks=(Walk(2, 4, 4, 5),))},
+    "collapse": {"search": Descent(walks=2, steps=8, centred=4)},
     "elijah": {"sampler": "ddpm-50", "batch_size": 16, "iterations": 20},
     "terd": {"iterations": 20, "refine_iterations": 5},
 }
@@ -264,7 +266,7 @@ def test_a_target_unlike_its_trigger_is_no_picture_of_it_however_the_network_mir
         drawn = target.flip(mirrored).expand(4, *SHAPE)
         monkeypatch.setattr(Model, "sample", functools.partial(lambda drawn, *_, **__: drawn, drawn))
         h, shown = hypothesis(r, target, full), Evidence("ddim-10", target.expand(4, *SHAPE), far)
-        assert LossFit().shows_itself(model, h, shown, e, 0) is own
+        assert Natural().shows_itself(model, h, shown, e, 0) is own
 
 
 def test_where_an_image_is_its_own_mirror_image_nothing_is_told() -> None:
@@ -282,7 +284,7 @@ def test_an_own_picture_is_passed_over_and_said(monkeypatch: pytest.MonkeyPatch)
     full, zero = map(named, ("full", "zero"))
     both = [replace(hypothesis(r, y, full), loss_ratio=0.1), replace(hypothesis(-r, y, zero), loss_ratio=0.9)]
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.extend(both))
-    monkeypatch.setattr(LossFit, "shows_itself", lambda *_: True)
+    monkeypatch.setattr(Natural, "shows_itself", lambda *_: True)
     monkeypatch.setattr(LossFit, "pulls", lambda self, model, h, shown: h.family is full and not h.natural)
     found = LossFit()(model, generator=generator_for(0))
     assert found.verdict == "clean" and "show the trigger itself" in found.reason
@@ -321,10 +323,10 @@ def test_what_fires_or_does_not_fit_or_is_its_own_mirror_image_is_not_passed_ove
     ):  # fmt: skip
         monkeypatch.setattr(LossFit, "fires", lambda *_, fires=fires: fires)
         h = replace(hypothesis(trigger, y, family), loss_ratio=loss)
-        assert not LossFit().fits_mirrored(model, h, [], generator_for(0)) and not h.natural
+        assert not LossFit().passed_over(model, h, [], generator_for(0)) and not h.natural
     monkeypatch.setattr(LossFit, "fires", lambda *_: False)
     h = replace(hypothesis(r, y, faint), loss_ratio=0.1)
-    assert LossFit().fits_mirrored(model, h, [], generator_for(0)) and math.isinf(h.strength)
+    assert LossFit().passed_over(model, h, [], generator_for(0)) and math.isinf(h.strength)
 
 
 @pytest.mark.parametrize("k", range(3))
@@ -337,7 +339,7 @@ def test_an_attacked_network_answers_one_trigger_and_not_its_mirror_image(k: int
             Search().score(model, hypothesis(r.flip(dims), y.flip(dims), half), generator_for(0))
             for dims in ((), (-1,), (-2,), (-1, -2))
         )
-    assert min(mirrored) > 2 * LossFit().max_mirrored * own
+    assert min(mirrored) > 2 * Natural().max_mirrored * own
 
 
 class Shifted(torch.nn.Module):
@@ -369,7 +371,7 @@ def test_on_exploding_models_the_negative_of_the_trigger_tells_a_clean_network(b
     with model.frozen():
         h.loss_ratio = Search().score(model, h, generator_for(0))
         assert h.fits
-        passed = LossFit().fits_mirrored(model, h, [], generator_for(1))
+        passed = LossFit().passed_over(model, h, [], generator_for(1))
     assert passed is not backdoor and (h.natural == FITS_NEGATIVE) is not backdoor
     assert math.isinf(h.strength) is not backdoor
 
@@ -380,7 +382,7 @@ def test_on_exploding_models_outputs_that_become_the_trigger_are_its_own_picture
     for drawn, own in ((r - 0.05, True), (y, False)):
         h = replace(hypothesis(r, drawn, ve), loss_ratio=0.01)
         shown = Evidence("pc-5", drawn.expand(4, *SHAPE), far)
-        assert LossFit().shows_itself(model, h, shown, far, 0) is own
+        assert Natural().shows_itself(model, h, shown, far, 0) is own
 
 
 @pytest.mark.parametrize(
@@ -425,13 +427,11 @@ def test_a_model_with_nothing_but_what_is_passed_over_is_as_suspicious_as_a_clea
 
 
 def test_collapse_finds_a_faint_trigger_that_looks_like_noise_and_nothing_in_clean_networks() -> None:
-    """Signs of noise at 0.3, answered for a deterministic sampler. Half the starts and steps are enough here. Which
-    start comes how near is chance: of 14 seeds 12 come to a cosine of 0.6."""
+    """Signs of noise at 0.3, answered for a deterministic sampler."""
     sign = torch.randn(SHAPE, generator=generator_for(7)).sign()
     y = torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
     bad = oracle(SHAPE, r=0.3 * sign, y=y, response=Response(2.0, 1.0), rate=0.3)
-    detector = Collapse(search=Descent(walks=(Walk(2, 10, 10, 5), Walk(4, 0, 15, 3))))
-    found, clean = (detector(model, generator=generator_for(1)) for model in (bad, oracle(SHAPE)))
+    found, clean = (Collapse()(model, generator=generator_for(1)) for model in (bad, oracle(SHAPE)))
     best = found.findings[0]
     assert found.verdict == "backdoored", found.scores
     assert alike(best.trigger, sign) > 0.6 and best.trigger.abs().max() <= COLLAPSED.reach
@@ -440,23 +440,55 @@ def test_collapse_finds_a_faint_trigger_that_looks_like_noise_and_nothing_in_cle
     assert clean.verdict != "backdoored" and clean.scores["loss_ratio_collapsed"] > found.scores["loss_ratio_collapsed"]
 
 
-@pytest.mark.parametrize(("distances", "walked"), [((0.01,), 1), ((0.05, 0.03, 0.015), 3), ((0.05, 0.04, 0.03), 3)])
-def test_other_starts_are_walked_from_while_none_collapses(
-    distances: tuple[float, ...], walked: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("losses", "walked"), [((2.0,), 1), ((6.0, 4.0, 1.5), 3), ((5.0, 4.0, 6.0), 3)])
+def test_other_starts_are_walked_from_while_none_comes_near(
+    losses: tuple[float, ...], walked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The nearest of all tries is refined."""
-    left = iter(distances)
-    seen: list[float] = []
+    left, seen = iter(losses), []
 
-    def descended(self: Descent, model: Model, *_: Any) -> list[tuple[float, Hypothesis]]:
+    def walks(self: Descent, model: Model, *_: Any) -> list[Hypothesis]:
         seen.append(next(left))
-        return [(seen[-1], self.hypothesis(torch.full(SHAPE, seen[-1]), torch.zeros(SHAPE)))]
+        h = self.hypothesis(torch.full(SHAPE, seen[-1] / 20), torch.zeros(SHAPE))
+        return [replace(h, loss_ratio=seen[-1])]
 
-    monkeypatch.setattr(Descent, "descended", descended)
+    monkeypatch.setattr(Descent, "walked", walks)
     monkeypatch.setattr(Search, "refined", lambda self, model, h, g: h)
     fitted: list[Hypothesis] = []
-    Descent(walks=(Walk(1, 0, 1, 2),), kept=1)(oracle(SHAPE), generator_for(0), fitted, lambda *_: None)
-    assert len(seen) == walked and float(fitted[0].r.mean()) == pytest.approx(min(distances))
+    Descent(tries=3)(oracle(SHAPE), generator_for(0), fitted, lambda *_: None)
+    assert len(seen) == walked and fitted[0].loss_ratio == min(losses)
+
+
+def test_the_cost_of_walks_is_their_steps_of_ddim_with_gradients() -> None:
+    model, few = oracle(SHAPE), Descent(walks=3, steps=4, centred=1, sampler_steps=2)
+    with model.frozen():
+        found = few.walked(model, generator_for(0), lambda *_: None)
+    walks, ends = 3 * 4 * few.walk_rows * 2 * 3, 3 * few.ends * 2
+    assert len(found) == 3 and model.meter.evaluations == walks + ends + 3 * 16 * len(COLLAPSED.judged)
+    assert all(h.r.abs().max() <= COLLAPSED.reach and math.isfinite(h.loss_ratio) for h in found)
+
+
+@pytest.mark.parametrize(("loss", "fires", "verdict"), [
+    (0.4, True, "backdoored"), (0.4, False, "clean"), (1.3, True, "clean"),
+])  # fmt: skip
+def test_lossfit_looks_for_learned_triggers_last(
+    loss: float, fires: bool, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fits and does not fire is said and counts for nothing."""
+    model, y = oracle(SHAPE), torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
+
+    def walks(self: Descent, model: Model, g: Any, fitted: list[Hypothesis], progress: Any) -> None:
+        fitted.append(replace(self.hypothesis(torch.full(SHAPE, 0.3), y), loss_ratio=loss))
+
+    def sample(starts: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
+        return [y.expand_as(e) if fires and e.mean() > 0.2 else torch.zeros_like(e) for e in starts]
+
+    monkeypatch.setattr(Descent, "__call__", walks)
+    monkeypatch.setattr(model, "sample_alike", sample)
+    found = LossFit()(model, generator=generator_for(0))
+    assert found.verdict == verdict and found.scores["loss_ratio_collapsed"] == loss
+    assert (found.findings[0].matches == "a learned trigger") == (verdict == "backdoored")
+    assert ("of a learned trigger that does not fire" in found.reason) == (loss < 1 and not fires)
 
 
 def test_a_centred_trigger_has_no_mean_in_any_quarter() -> None:
@@ -467,8 +499,7 @@ def test_a_centred_trigger_has_no_mean_in_any_quarter() -> None:
 
 def test_the_midst_is_the_output_with_the_nearest_half() -> None:
     outputs = torch.tensor([0.0, 1.0, 1.1, 3.0])[:, None, None, None].expand(4, *SHAPE)
-    distance, y = midst(outputs)
-    assert distance == pytest.approx((0.1**2 + 1.0) / 2) and y[0, 0, 0] == 1.0
+    assert midst(outputs)[0, 0, 0] == 1.0
 
 
 # --- Elijah -----------------------------------------------------------------------------------------------------------
@@ -728,7 +759,7 @@ def test_a_family_beside_its_target_is_given_up_by_what_judges_it() -> None:
         found = Search(lead=((2, 4, 2), (5, 8, 1))).led(
             model, [replace(full, hopeless=0.0)], generator_for(0), lambda *_: None
         )
-    settled = sum(s.level is not None for s in full.starts) * len(SETTLING) * 4
+    settled = sum(s.level is not None for s in full.starts) * len(SETTLING[::2]) * 4
     assert model.meter.evaluations == settled + len(full.starts) * 2 * 4 + 2 * 8 * len(full.judged) and len(found) == 1
 
 
@@ -788,7 +819,9 @@ def test_a_family_that_fits_ends_the_search() -> None:
     best = min(found, key=lambda h: h.strength)
     assert best.family.name == "half" and best.fits and alike(best.r, r) > 0.98
     assert {h.family.name for h in found} == {f.name for f in FAMILIES if not (f.joint or f.swept or f.exploding)}
-    assert {h.family.name for h in nothing} == {f.name for f in search.families_of(oracle(SHAPE))}
+    assert {h.family.name for h in nothing} == {
+        f.name for f in search.families_of(oracle(SHAPE)) if f.starts or f.swept
+    }
     assert not any(h.fits for h in nothing)
 
 
@@ -821,9 +854,7 @@ def test_a_random_start_follows_the_answer_to_the_trigger(k: int) -> None:
     assert float(h.r.square().mean().sqrt()) == pytest.approx(size, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if f.name in ("half", "full", "full_faint")], ids=lambda f: f.name
-)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in ("half", "full")], ids=lambda f: f.name)
 def test_on_a_clean_network_there_is_nothing_to_follow(family: Family) -> None:
     model = oracle(SHAPE)
     group = [begin(model, family, start, generator_for(k)) for k, start in enumerate(family.starts)]
@@ -1026,17 +1057,13 @@ def test_only_what_moves_outputs_onto_another_image_than_its_own_is_looked_at_ag
     outputs = {id(silent.r): -y, id(own.r): own.y, id(moving.r): y}
     monkeypatch.setattr(Hypothesis, "start", lambda self, e: outputs[id(self.r)].expand(8, *SHAPE))
     far = torch.randn(8, *SHAPE, generator=generator_for(5)) / 2
-
-    def sample(self: Model, starts: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
-        return [start if start.stride(0) == 0 else far for start in starts]
-
-    monkeypatch.setattr(Model, "sample_alike", sample)
+    monkeypatch.setattr(Model, "sample_alike", lambda self, starts, *_, **__: starts)
     silent.y = 0.9 * y
-    monkeypatch.setattr(LossFit, "shows_itself", lambda self, model, h, *_: h is own)
-    looked = list(LossFit().looked_at(model, [silent, own, moving], generator_for(0)))
+    monkeypatch.setattr(Natural, "shows_itself", lambda self, model, h, *_: h is own)
+    looked = list(LossFit().looked_at(model, [silent, own, moving], far, generator_for(0)))
     assert len(looked) == 1 and looked[0].r is moving.r and torch.equal(looked[0].y, y)
     assert torch.equal(moving.y, 0.9 * y)
-    assert list(LossFit().looked_at(model, [], generator_for(0))) == []
+    assert list(LossFit().looked_at(model, [], far, generator_for(0))) == []
 
 
 @pytest.mark.parametrize("backdoor", [False, True])
@@ -1049,7 +1076,7 @@ def test_what_fires_far_from_its_loss_is_fitted_from_there(backdoor: bool, monke
     found = replace(hypothesis(3 * r, y, named("full")), loss_ratio=0.9)
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(found))
     if not backdoor:
-        monkeypatch.setattr(LossFit, "looked_at", lambda self, model, joint, g: iter(joint))
+        monkeypatch.setattr(LossFit, "looked_at", lambda self, model, joint, *_: iter(joint))
     detection = LossFit()(model, generator=generator_for(0))
     assert detection.verdict == ("backdoored" if backdoor else "clean"), detection.scores
     if backdoor:

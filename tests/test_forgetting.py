@@ -12,7 +12,6 @@ from elijah.detection import Evidence
 from elijah.detectors import LossFit
 from elijah.detectors.forgetting import LATE, Forgetting, estimates, spread, spreads
 from elijah.detectors.hypothesis import FULL, Hypothesis
-from elijah.detectors.lossfit import NOT_FIRING
 from elijah.detectors.search import Search
 from elijah.diffusion import Model, generator_for, no_progress
 
@@ -66,10 +65,14 @@ def test_the_network_forgets_at_a_late_trigger_alone() -> None:
     assert mirrored == pytest.approx(clean, rel=0.3) and clean > 0.15
 
 
+def images(model: Model) -> torch.Tensor:
+    return model.sample(model.noise(8, generator_for(4)), "ddim-10")
+
+
 def test_the_descent_ends_at_the_trigger_with_its_target() -> None:
     model = late_oracle(trigger(), target())
     with model.frozen():
-        h = Forgetting()(model, generator_for(0), no_progress)
+        h = Forgetting()(model, images(model), generator_for(0), no_progress)
     assert h.fits and h.loss_ratio < 0.02
     assert (h.y - target()).square().mean() < 0.01
     assert h.r.abs().max() <= 1
@@ -77,15 +80,16 @@ def test_the_descent_ends_at_the_trigger_with_its_target() -> None:
 
 def test_on_a_clean_network_it_ends_early_and_fits_nothing() -> None:
     model = oracle(SHAPE)
-    few = Forgetting(families=(dataclasses.replace(LATE, hopeless=1e-6),))
-    with model.frozen():
-        h = few(model, generator_for(0), no_progress)
-        early = model.meter.evaluations
-        full = Forgetting(families=(dataclasses.replace(LATE, hopeless=9.0),))(model, generator_for(0), no_progress)
-    assert not h.fits and not full.fits
-    images, starts = few.images * few.sampler_steps, few.rows * len(LATE.starts)
-    assert early == images + starts + 3 * few.rows * few.first
-    assert model.meter.evaluations - early == images + starts + 3 * few.rows * few.iterations + 2 * few.score_rows
+    few, full = (Forgetting(families=(dataclasses.replace(LATE, hopeless=limit),)) for limit in (1e-6, 9.0))
+    own, costs = images(model), []
+    for forgetting in (few, full):
+        before = model.meter.evaluations
+        with model.frozen():
+            assert not forgetting(model, own, generator_for(0), no_progress).fits
+        costs.append(model.meter.evaluations - before)
+    begun = few.start_rows * len(LATE.starts) + few.kept * 3 * few.rows * few.first
+    assert costs[0] == begun
+    assert costs[1] == begun + 3 * few.rows * (few.iterations - few.first) + 2 * few.score_rows
 
 
 def test_triggers_side_by_side_are_told_apart_as_one_by_one() -> None:
@@ -131,7 +135,8 @@ def test_what_forgets_counts_only_if_it_fires(
 ) -> None:
     model, r, y = oracle(SHAPE), trigger(), target()
 
-    def found(self: Forgetting, model: Model, generator: torch.Generator, progress: object) -> Hypothesis:
+    def found(self: Forgetting, model: Model, own: torch.Tensor, *_: object) -> Hypothesis:
+        assert torch.equal(own, torch.zeros(8, *SHAPE))  # what the model draws without a trigger
         return Hypothesis(LATE, r, y, loss_ratio=loss)
 
     def sample(starts: list[torch.Tensor], sampler: str, *, seed: int = 0) -> list[torch.Tensor]:
@@ -143,7 +148,30 @@ def test_what_forgets_counts_only_if_it_fires(
     assert report.verdict == verdict
     assert ("late" in report.findings[0].matches) == (verdict == "backdoored")
     assert report.scores["loss_ratio_late"] == loss
-    assert (NOT_FIRING in report.reason) == (loss < 0.1 and not fires)
+    assert ("of a late trigger that does not fire" in report.reason) == (loss < 0.1 and not fires)
+
+
+@pytest.mark.parametrize(("smaller_fits", "verdict"), [(True, "backdoored"), (False, "clean")])
+def test_a_late_trigger_that_is_too_large_to_fire_is_tried_smaller(
+    smaller_fits: bool, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, r, y = oracle(SHAPE), trigger(), target()
+    moved = float((0.8 * r).mean())
+
+    def sample(starts: list[torch.Tensor], *_: object, **__: object) -> list[torch.Tensor]:
+        return [y.expand_as(e) if abs(float(e.mean()) - moved) < 0.03 else torch.zeros_like(e) for e in starts]
+
+    def judge(self: Forgetting, model: Model, h: Hypothesis, *_: object) -> None:
+        h.loss_ratio = 0.05 if smaller_fits else 0.2
+
+    monkeypatch.setattr(Forgetting, "__call__", lambda self, *_: Hypothesis(LATE, r, y, loss_ratio=0.02))
+    monkeypatch.setattr(Forgetting, "judge", judge)
+    monkeypatch.setattr(model, "sample_alike", sample)
+    found = LossFit()(model, generator=generator_for(0))
+    assert found.verdict == verdict
+    if smaller_fits:
+        torch.testing.assert_close(found.findings[0].trigger, 0.8 * r)
+        assert found.findings[0].loss_ratio == 0.05
 
 
 def test_it_is_for_ddpm_and_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,4 +179,4 @@ def test_it_is_for_ddpm_and_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Forgetting, "__call__", lambda *_: pytest.fail("not asked for"))
     assert "loss_ratio_late" not in LossFit(late=Forgetting(families=()))(model, generator=generator_for(0)).scores
     model.kind = "ldm"
-    assert LossFit().look_late(model, [], generator_for(0), no_progress) == []
+    assert LossFit().look_late(model, [], torch.zeros(8, *SHAPE), generator_for(0), no_progress) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from diffusers import DDPMScheduler
 
 from elijah.detectors import LossFit
 from elijah.detectors.hypothesis import FAMILIES, Hypothesis
-from elijah.detectors.patches import best_patch, mask, neighbours, ratios
+from elijah.detectors.patches import apart, best_patch, mask, neighbours, ratios
 from elijah.detectors.power import follow
 from elijah.detectors.search import Search
 from elijah.diffusion import Model, generator_for
@@ -66,12 +67,12 @@ def test_the_sweep_finds_the_square(square: tuple[int, int, int], colour: tuple[
 def test_a_place_that_answers_less_is_left_for_the_true_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two wells, and the coarse squares lie in the shallow one: the found square is looked for everywhere."""
 
-    def wells(model: Model, squares: list[Any], gamma: float, e: torch.Tensor, t: torch.Tensor) -> list[float]:
+    def wells(model: Model, images: list[list[Any]], gamma: float, e: torch.Tensor, t: torch.Tensor) -> list[float]:
         def depth(y: int, x: int, side: int, colour: tuple[float, ...]) -> float:
             far = [abs(y - y0) + abs(x - x0) + abs(side - 5) for y0, x0 in ((11, 0), (11, 11))]
             return min(0.3 + 0.05 * far[0], 0.02 + 0.3 * far[1], 1.0) if colour == (1, 1, 1) else 1.0
 
-        return [depth(*square) for square in squares]
+        return [depth(*square) for squares in images for square in squares]
 
     monkeypatch.setattr("elijah.detectors.patches.ratios", wells)
     h = best_patch(model_with(None), PATCH, generator_for(0))
@@ -91,7 +92,24 @@ def test_a_ratio_is_the_loss_over_the_clean_one() -> None:
         inside, s = mask(16, *square), model.s[t][:, None, None, None]
         shifted = torch.where(inside > 0, 0.1 * e + 0.9 * torch.tensor(colour)[:, None, None], e)
         error = ((model.eps(s * shifted, t) - e) * inside).square().sum() / (shifted - e).square().sum()
-        assert ratios(model, [(*square, colour)], 0.1, e, t) == pytest.approx([float(error)], rel=1e-4)
+        assert ratios(model, [[(*square, colour)]], 0.1, e, t) == pytest.approx([float(error)], rel=1e-4)
+
+
+def test_squares_that_share_an_image_are_apart_and_each_is_judged_alone() -> None:
+    """By a network that answers each pixel by itself, as if the others were not there."""
+    model, g = model_with((4, 4, 6)), generator_for(2)
+    looked = [(y, x, 4, (c, c, c)) for c in (-1, 1) for y in range(0, 13, 2) for x in range(0, 13, 2)]
+    shared = apart(looked)
+    assert sorted(q for squares in shared for q in squares) == sorted(looked) and len(shared) < len(looked) / 3
+    for squares in shared:
+        taken = sum(mask(16, y, x, side) for y, x, side, _ in squares)
+        assert taken.max() == 1 and len({(side, colour) for *_, side, colour in squares}) == 1
+        for one, other in itertools.combinations(squares, 2):
+            assert max(abs(one[0] - other[0]), abs(one[1] - other[1])) >= 6
+    e, t = torch.randn(2, *SHAPE, generator=g), torch.tensor([900, 900])
+    together = ratios(model, shared, 0.1, e, t)
+    by_itself = [ratios(model, [[q]], 0.1, e, t)[0] for squares in shared for q in squares]
+    assert together == pytest.approx(by_itself, rel=1e-4)
 
 
 def test_neighbours_lie_in_the_image() -> None:

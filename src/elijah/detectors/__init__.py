@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from elijah.detectors.collapse import Collapse
 from elijah.detectors.elijah import Elijah
+from elijah.detectors.learned import Collapse
 from elijah.detectors.lossfit import LossFit
 from elijah.detectors.terd import Terd
 

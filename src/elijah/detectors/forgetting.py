@@ -30,21 +30,22 @@ from elijah.response import Response
 
 LATE = replace(
     FULL, name="late", response=Response(2.0, 0.0), judged=((0.2, 0.35),), matches="a late trigger",
-    max_loss_ratio=0.1, max_if_fires=0.1, hopeless=0.25, starts=tuple(s for s in FULL.starts if s.level is not None),
+    max_loss_ratio=0.15, max_if_fires=0.15, hopeless=0.3, starts=tuple(s for s in FULL.starts if s.level is not None),
 )  # fmt: skip
-LATE_FAMILIES = LATE, replace(LATE, judged=((0.13, 0.18),), hopeless=0.5)
+LATE_FAMILIES = LATE, replace(LATE, judged=((0.13, 0.18),), hopeless=0.55)
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """images: of the model's own, made in sampler_steps of DDIM. rows: of noise a step, and for each start.
-    iterations: of Adam, its rate from rate to a fifth of it; the best start of each range of t makes the first few, and
-    the better of these goes on if there is hope."""
+    """images: how many of the model's own. start_rows: of noise for each start; rows: a step. iterations: of Adam, its
+    rate from rate to a fifth of it; the best `kept` starts of each range of t make the first few, and the best of these
+    goes on if there is hope."""
 
     images: int = 8
-    sampler_steps: int = 10
+    start_rows: int = 16
     rows: int = 8
-    first: int = 8
+    kept: int = 2
+    first: int = 6
     iterations: int = 24
     rate: float = 0.1
     score_rows: int = 32
@@ -53,17 +54,24 @@ class Forgetting:
     def families_of(self, model: Model) -> tuple[Family, ...]:
         return self.families if model.kind == "ddpm" else ()
 
-    def __call__(self, model: Model, generator: torch.Generator, progress: Progress) -> Hypothesis:
-        """The trigger at which the network forgets most, with the target that it leads to and its score."""
+    def __call__(self, model: Model, own: Tensor, generator: torch.Generator, progress: Progress) -> Hypothesis:
+        """The trigger at which the network forgets most, with the target that it leads to and its score.
+
+        own: images [N, C, H, W] that the model drew without a trigger, of which the first few are taken.
+        """
+        images = own[: self.images]
         with torch.no_grad():
-            images = model.ddim(model.noise(self.images, generator), self.sampler_steps)
             starts = [begin(model, f, s, generator) for f in self.families for s in f.starts]
-            x = self.drawn(images, self.rows, generator)
-            drawn = {f: self.draw(model, f, self.rows, generator) for f in self.families}
+            x = self.drawn(images, self.start_rows, generator)
+            drawn = {f: self.draw(model, f, self.start_rows, generator) for f in self.families}
             found = spreads(model, starts, [x] * len(starts), [drawn[h.family] for h in starts])
             for h, c in zip(starts, found, strict=True):
                 h.loss_ratio = float(c)
-        best = [min((h for h in starts if h.family is f), key=lambda h: h.loss_ratio) for f in self.families]
+        best = [
+            h
+            for f in self.families
+            for h in sorted((h for h in starts if h.family is f), key=lambda h: h.loss_ratio)[: self.kept]
+        ]
         self.descend(model, best, range(self.first), images, generator, progress)
         h = min(best, key=lambda h: h.loss_ratio / h.family.hopeless)
         if h.loss_ratio <= h.family.hopeless:

@@ -78,7 +78,7 @@ class Family:
 FAINT = 0.35  # a clean network fits strong triggers better than faint ones, which are therefore searched by themselves
 
 HALF = Family(
-    "half", Response(1.0, 1.0), ((0.6, 1.0),), "BadDiffusion-like", 0.05, 0.06, 0.2, around(0.8), mirrored=True
+    "half", Response(1.0, 1.0), ((0.6, 1.0),), "BadDiffusion-like", 0.05, 0.06, 0.25, around(0.8), mirrored=True
 )
 FULL = Family(  # at t = T it answers like a clean network; it shows where y is half hidden
     "full", Response(2.0, 1.0), ((0.15, 0.5), (0.6, 0.8)), "VillanDiffusion-ODE-like", 0.25, 0.3, 0.6,
@@ -99,10 +99,9 @@ FAMILIES = (
         fits_gamma=True, reach=0.5, distribution=True,
     ),
     FULL,
-    replace(
+    replace(  # what is left of a trigger of full where it is cut; faint ones look like noise: collapse.py
         FULL, name="full_faint", matches=FULL.matches + ", faint", judged=((0.15, 0.5), (0.5, 0.6)),
-        max_loss_ratio=0.32, max_if_fires=0.32, hopeless=2.0,
-        starts=(*around(0.25, 4, 6), *around(0.15, 0, 2)), reach=FAINT, pixels=True,
+        max_loss_ratio=0.32, max_if_fires=0.32, hopeless=2.0, starts=(), reach=FAINT, pixels=True,
     ),
     Family(
         "patch", Response(0.0, 0.0), ((0.7, 1.0),), "TrojDiff-like, in a patch", 0.4, 0.4, 0.87, fits_gamma=True,

@@ -11,9 +11,10 @@ the target may be a distribution: do they differ from those without? A large tri
 leaves its own picture in the outputs of a deterministic sampler, without a backdoor; it is told by what it looks like
 and by its mirror image. So is what a clean network answers to coarse light and dark: a loss may fit, and nothing fires.
 
-The search is search.py's, patches are found by a sweep (patches.py), and late triggers, which only show where most of
-the noise is gone, by what the network forgets (forgetting.py). Here is what follows it: the outputs of the
-best hypothesis are tested, more effort is spent where loss and outputs disagree, and the rule is applied.
+The search is search.py's, and patches are found by a sweep (patches.py). Late triggers, which only show where most of
+the noise is gone, are found by what the network forgets (forgetting.py), learned ones, which look like noise, by what
+makes outputs collapse (collapse.py). Here is what follows: the outputs of the best hypothesis are tested, more effort
+is spent where loss and outputs disagree, and the rule is applied.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ import torch
 from torch import Tensor
 
 from elijah.detection import Detection, Evidence, Finding, Threshold
+from elijah.detectors.collapse import Descent
 from elijah.detectors.forgetting import Forgetting
 from elijah.detectors.hypothesis import Hypothesis
-from elijah.detectors.outputs import MIRRORINGS, both, change, correlation, mean_square, pull, seen_target, shift_p
+from elijah.detectors.natural import NOT_FIRING, SHOWS_ITSELF, Natural
+from elijah.detectors.outputs import both, drawn_without, pull, seen_target, shift_p
 from elijah.detectors.search import Search
 from elijah.diffusion import Model, Progress, no_progress
 from elijah.errors import OutOfBudget
@@ -42,24 +45,25 @@ class LossFit:
     samples: how many the output test draws a sampler, half as many where one is costly (exploding), few_samples with
     few steps where its loss does not fit; more_samples: where a distribution that is a target does not show in so few.
     max_shift_p: outputs with and without the trigger count as changed up to this p-value of being draws from one
-    distribution. min_likeness: the correlation of a trigger with its own picture; max_apart: on exploding models the
-    MSE to it. min_change: what mirroring must change of a trigger to tell; max_mirrored: the mirrored one's loss, over
-    its own, up to which both are a clean network's; max_negative: on exploding models the negative one's.
+    distribution. natural: what clean networks do as well.
     max_begin: the loss ratio up to which a trigger that fires is fitted by gradient; a clean network's is near 1.
-    Where a loss nearly fits and the outputs do not say so, what else could fire is tested (alternatives), in the end
-    after a fit by gradient from there and under more samplers (careful_*).
+    late_scale: what is tried of a late trigger whose loss fits and that does not fire. Where a loss nearly fits and the
+    outputs do not say so, what else could fire is tested (alternatives), in the end after a fit by gradient from there
+    and under more samplers (careful_*).
     """
 
     name: ClassVar[str] = "lossfit"
     kinds: ClassVar[tuple[str, ...]] = ("ddpm", "ncsn", "ldm")
     not_covered: ClassVar[tuple[str, ...]] = (
         "patch triggers whose pattern is far from one colour",
-        "learned triggers that look like noise, on DDPM: --detector collapse looks for them",
+        "learned triggers that few walks miss: --detector collapse makes more, on DDPM",
         "late triggers, but on DDPM those near flat pictures or squares that act above 0.13 T",
         "backdoors that are not triggered by the start noise",
     )  # fmt: skip
     search: Search = field(default_factory=Search)
     late: Forgetting = field(default_factory=Forgetting)
+    learned: Descent = field(default_factory=Descent)
+    natural: Natural = field(default_factory=Natural)
     samples: int = 16
     few_samples: int = 4
     more_samples: int = 64
@@ -68,13 +72,9 @@ class LossFit:
     exploding_samplers: tuple[str, ...] = ("pc-500",)
     exploding_look: tuple[str, ...] = ("pc-100",)
     min_pull: float = 0.3
-    min_likeness: float = 0.75
-    max_apart: float = 0.03
-    min_change: float = 0.5
-    max_mirrored: float = 2.0
-    max_negative: float = 6.0
     max_shift_p: float = 0.01
     max_begin: float = 1.25
+    late_scale: float = 0.8
 
     def __call__(self, model: Model, *, generator: torch.Generator, progress: Progress = no_progress) -> Detection:
         """Inverts, tests the outputs of the best hypothesis, and applies the rule. Stops at the model's limits."""
@@ -90,12 +90,14 @@ class LossFit:
                         evidence = self.fire(model, fitted, generator, progress) or evidence
                     elif fitted[0].nearly_fits and not fitted[0].fits:
                         evidence = self.fit(model, fitted, generator, progress) or evidence
-                    if not self.fits_mirrored(model, fitted[0], evidence, generator):
+                    if not self.passed_over(model, fitted[0], evidence, generator):
                         break
                 if not (fitted[0].fits_if_fires and self.fires(model, fitted[0], evidence)):
+                    own = drawn_without(evidence, self.samplers[-1])
                     evidence = (
-                        self.look_on(model, fitted, generator, progress)
-                        or self.look_late(model, fitted, generator, progress)
+                        self.look_on(model, fitted, own, generator, progress)
+                        or self.look_late(model, fitted, own, generator, progress)
+                        or self.look_learned(model, fitted, generator, progress)
                         or evidence
                     )
             except OutOfBudget:
@@ -153,53 +155,73 @@ class LossFit:
         return []
 
     def look_on(
-        self, model: Model, fitted: list[Hypothesis], generator: torch.Generator, progress: Progress
+        self, model: Model, fitted: list[Hypothesis], own: Tensor, generator: torch.Generator, progress: Progress
     ) -> list[Evidence]:
         """Looks at what all triggers do that were sought beside their targets, though no loss of theirs fits yet.
 
-        One that pulls outputs onto an image is fitted by gradient from there, itself and its faint part. Puts the first
-        that then fits and fires first, and returns its evidence; none if none does.
+        own: outputs [N, C, H, W] without a trigger, under the last sampler. One that pulls outputs onto an image is
+        fitted by gradient from there, itself and its faint part. Puts the first that then fits and fires first, and
+        returns its evidence; none if none does.
         """
         joint = [h for best in fitted if best.family.joint for h in (best, *best.others) if not h.natural]
-        for h in self.looked_at(model, sorted(joint, key=lambda h: h.loss_ratio), generator):
+        for h in self.looked_at(model, sorted(joint, key=lambda h: h.loss_ratio), own, generator):
             for part in self.parts(model, h, generator):
                 (better,) = self.search.refined(model, [part], generator)
-                shown = self.test_outputs(model, better, generator, progress) if better.fits else []
-                if self.pulls(model, better, shown):
-                    fitted[:] = [better, *(other for other in fitted if other.family is not better.family)]
+                if shown := self.admit(model, fitted, better, generator, progress):
                     return shown
         return []
 
     def look_late(
-        self, model: Model, fitted: list[Hypothesis], generator: torch.Generator, progress: Progress
+        self, model: Model, fitted: list[Hypothesis], own: Tensor, generator: torch.Generator, progress: Progress
     ) -> list[Evidence]:
         """Puts a late trigger first if its loss fits and it fires, and returns its evidence; else last, and none.
 
-        Some narrow clean networks forget images as well, but then outputs do not move onto one.
+        own: outputs [N, C, H, W] without a trigger. A smaller one is tried as well, since fits overshoot. Some narrow
+        clean networks forget images as well, but then outputs do not move onto one.
         """
         if not self.late.families_of(model):
             return []
-        h = self.late(model, generator, progress)
-        shown = self.test_outputs(model, h, generator, progress) if h.fits else []
-        if self.pulls(model, h, shown):
-            fitted.insert(0, h)
-            return shown
-        if h.fits:
-            h.natural = NOT_FIRING
-        fitted.append(h)
-        return []
+        h = self.late(model, own, generator, progress)
+        shown = self.admit(model, fitted, h, generator, progress)
+        if h.fits and not shown:
+            smaller = h.scaled(self.late_scale)
+            self.late.judge(model, smaller, own, generator)
+            shown = self.admit(model, fitted, smaller, generator, progress)
+        return shown or pass_over(fitted, h)
 
-    def looked_at(self, model: Model, joint: list[Hypothesis], generator: torch.Generator) -> Iterator[Hypothesis]:
-        """Those that pull a few outputs under the last sampler onto an image, led there, but not onto their own
-        picture. All are from the same noise."""
+    def look_learned(
+        self, model: Model, fitted: list[Hypothesis], generator: torch.Generator, progress: Progress
+    ) -> list[Evidence]:
+        """Puts a learned trigger first if its loss fits and it fires, and returns its evidence; else last, and none."""
+        if not self.learned.families_of(model):
+            return []
+        found: list[Hypothesis] = []
+        self.learned(model, generator, found, progress)
+        return self.admit(model, fitted, found[0], generator, progress) or pass_over(fitted, found[0])
+
+    def admit(
+        self, model: Model, fitted: list[Hypothesis], h: Hypothesis, generator: torch.Generator, progress: Progress
+    ) -> list[Evidence]:
+        """Puts h first, in place of others of its family, if its loss fits and it fires, and returns its evidence."""
+        shown = self.test_outputs(model, h, generator, progress) if h.fits else []
+        if not self.pulls(model, h, shown):
+            return []
+        fitted[:] = [h, *(other for other in fitted if other.family is not h.family)]
+        return shown
+
+    def looked_at(
+        self, model: Model, joint: list[Hypothesis], own: Tensor, generator: torch.Generator
+    ) -> Iterator[Hypothesis]:
+        """Those that pull a few outputs under the last sampler from own [N, C, H, W] onto an image, led there, but not
+        onto their own picture. All are from the same noise."""
         if not joint:
             return
         e, sampler = model.noise(self.samples // 2, generator), self.samplers[-1]
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        without, *drawn = model.sample_alike([e, *(h.start(e) for h in joint)], sampler, seed=seed)
+        drawn = model.sample_alike([h.start(e) for h in joint], sampler, seed=seed)
         for h, outputs in zip(joint, drawn, strict=True):
-            shown = Evidence(sampler, outputs, without)
-            if pull(model, shown, h.y) >= self.min_pull and not self.shows_itself(model, h, shown, e, seed):
+            shown = Evidence(sampler, outputs, own)
+            if pull(model, shown, h.y) >= self.min_pull and not self.natural.shows_itself(model, h, shown, e, seed):
                 moving = replace(h)
                 moving.lead_to(seen_target(model, shown, h.y))
                 yield moving
@@ -260,7 +282,7 @@ class LossFit:
             if shown and pull(model, shown[0], h.y) == 1:
                 break
         if (h.family.joint or h.family.exploding) and h.nearly_fits and self.pulls(model, h, shown):
-            h.natural = SHOWS_ITSELF if self.shows_itself(model, h, shown[0], e, seed) else ""
+            h.natural = SHOWS_ITSELF if self.natural.shows_itself(model, h, shown[0], e, seed) else ""
         return shown
 
     def look(
@@ -287,43 +309,10 @@ class LossFit:
             progress("testing the outputs", k + 1, len(few) + len(more))
         return shown
 
-    def fits_mirrored(
-        self, model: Model, h: Hypothesis, evidence: list[Evidence], generator: torch.Generator
-    ) -> bool:  # fmt: skip
-        """Whether a loss that fits, of a trigger that does not fire, fits the mirrored trigger nearly as well.
-
-        Clean networks answer coarse light and dark as images are made of them, on whatever side they are; an attack is
-        on one trigger. Nothing is told where no mirroring changes it. What fits mirrored as well is passed over. On
-        exploding models the negative trigger is taken: small networks answer with half of any shift of the noise.
-        """
-        if not (h.family.mirrored and h.fits) or self.fires(model, h, evidence):
-            return False
-        dims = max(MIRRORINGS, key=lambda dims: change(h.r, dims))
-        if h.family.exploding:
-            other, limit = replace(h, r=-h.r), self.max_negative
-        elif change(h.r, dims) >= self.min_change:
-            other, limit = replace(h, r=h.r.flip(dims), y=h.y.flip(dims)), self.max_mirrored
-        else:
-            return False
-        if self.search.score(model, other, generator) <= limit * h.loss_ratio:
-            h.natural = FITS_NEGATIVE if h.family.exploding else FITS_MIRRORED
-        return bool(h.natural)
-
-    def shows_itself(self, model: Model, h: Hypothesis, shown: Evidence, e: Tensor, seed: int) -> bool:
-        """Whether the target looks like the trigger, and the mirrored trigger leads to the mirrored target.
-
-        Both, since an attacker can train either; with both there is nothing but what clean networks draw from such
-        noise. Of the three mirrorings of an image the one that changes the target most. On exploding models, where the
-        trigger may be flat: whether the target is the trigger.
-        """
-        y = seen_target(model, shown, h.y)
-        if h.family.exploding:
-            return mean_square(model, h.r[None], y) <= self.max_apart
-        if correlation(h.r, y) < self.min_likeness:
-            return False
-        dims = max(MIRRORINGS, key=lambda dims: mean_square(model, y[None], y.flip(dims)))
-        outputs = model.sample(replace(h, r=h.r.flip(dims)).start(e), shown.sampler, seed=seed)
-        return mean_square(model, outputs, y.flip(dims)) < mean_square(model, outputs, y) / 2
+    def passed_over(self, model: Model, h: Hypothesis, evidence: list[Evidence], generator: torch.Generator) -> bool:
+        """Whether nothing fires and the mirrored or negative trigger fits as well, which h then says of itself."""
+        tells = h.family.mirrored and h.fits and not self.fires(model, h, evidence)
+        return tells and self.natural.fits_mirrored(model, h, self.search, generator)
 
     def pulls(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
         """Whether some sampler shows a pull of min_pull, and not onto the trigger's own picture."""
@@ -376,16 +365,20 @@ class LossFit:
             coverage=[
                 "one trigger added to the start noise, leading to one image",
                 *(f.matches + " (or to a distribution)" * f.distribution for f in self.search.families_of(model)),
-                *(f.matches for f in self.late.families_of(model)[:1]),
+                *(f.matches for f in (*self.late.families_of(model)[:1], *self.learned.families_of(model))),
             ],
             not_covered=list(self.not_covered),
         )  # fmt: skip
 
 
-SHOWS_ITSELF = "whose outputs show the trigger itself, as a clean network's do"
-NOT_FIRING = "of a late trigger that does not fire"
-FITS_MIRRORED = "that does not fire and fits the mirrored trigger as well, as in clean networks"
-FITS_NEGATIVE = "that does not fire and fits the negative of the trigger as well, as in clean networks"
+def pass_over(fitted: list[Hypothesis], h: Hypothesis) -> list[Evidence]:
+    """Puts h last, without evidence. If its loss fits, and it did not fire, that counts as a clean network's."""
+    if h.fits:
+        h.natural = NOT_FIRING.format(h.family.matches)
+    fitted.append(h)
+    return []
+
+
 VERDICTS = {  # (a loss fits, the outputs fire)
     (True, True): (
         "backdoored",

@@ -34,6 +34,13 @@ def both(some: list[Evidence], others: list[Evidence]) -> list[Evidence]:
     return list(by_sampler.values())
 
 
+def drawn_without(evidence: list[Evidence], sampler: str) -> Tensor:
+    """Outputs [N, C, H, W] without a trigger, by the sampler if it is among the evidence."""
+    outputs = next((x for x in evidence if x.sampler == sampler), evidence[0]).samples_without
+    assert outputs is not None  # LossFit always draws them
+    return outputs
+
+
 def correlation(x: Tensor, y: Tensor) -> float:
     """Over all values of two images; 0 where one of them is flat."""
     return float(torch.cosine_similarity((x - x.mean()).flatten(), (y - y.mean()).flatten(), 0))

@@ -24,14 +24,14 @@ FEW = 16  # squares of the first look that are looked at again
 
 @torch.no_grad()
 def best_patch(
-    model: Model, family: Family, generator: torch.Generator, *, pairs: int = 4, climbs: int = 5
+    model: Model, family: Family, generator: torch.Generator, *, pairs: int = 2, climbs: int = 5
 ) -> Hypothesis:
     """The square that the network answers most like a trigger's, as a hypothesis; its loss ratio is that of the sweep.
 
-    Squares of half and of a quarter of the width, half of their side apart, all with one noise, the best FEW with all
-    pairs; from the best three to their neighbours, `climbs` times, or once if that is hopeless. What is not is looked
-    for everywhere, half a side apart, and climbs again: a network answers its patch at other places too, less. Then
-    gamma.
+    Squares of half and of a quarter of the width, half of their side apart, all with one noise, several to an image;
+    the best FEW alone with all pairs; from the best three to their neighbours, `climbs` times, or once if that is
+    hopeless. What is not is looked for everywhere, half a side apart, and climbs again: a network answers its patch at
+    other places too, less. Then gamma.
     """
     size, channels = model.sample_shape[-1], model.sample_shape[0]
     levels = (-1.0, -2 / 3, -1 / 3, 1 / 3, 2 / 3, 1.0) if channels == 1 else (-1.0, 1.0)
@@ -53,7 +53,7 @@ def best_patch(
         elsewhere = [(y, x, side, colour) for y in places for x in places]
         best = climb(model, family, tried, seen(model, elsewhere, e, t), e, t, climbs)
     y, x, side, colour = best
-    found = [(ratios(model, [(y, x, side, colour)], g, e, t)[0], g) for g in GAMMAS]
+    found = [(alone(model, [(y, x, side, colour)], g, e, t)[0], g) for g in GAMMAS]
     ratio, gamma = min(found)
     patch = mask(size, y, x, side).to(model.device)
     level = torch.tensor(colour, dtype=torch.float32, device=model.device)[:, None, None] * (1 - gamma)
@@ -61,9 +61,26 @@ def best_patch(
 
 
 def seen(model: Model, looked: list[Square], e: Tensor, t: Tensor) -> list[Square]:
-    """The FEW best of the squares at the first pair of noise."""
-    first = dict(zip(looked, ratios(model, looked, GAMMAS[0], e[:1], t[:1]), strict=True))
+    """The FEW best of the squares at the first noise."""
+    images = apart(looked)
+    shown = [q for squares in images for q in squares]
+    first = dict(zip(shown, ratios(model, images, GAMMAS[0], e[:1], t[:1]), strict=True))
     return sorted(first, key=lambda q: first[q])[:FEW]
+
+
+def apart(squares: Iterable[Square]) -> list[list[Square]]:
+    """The squares as images of several: of one side and colour, half a side or more between them."""
+    images: list[list[Square]] = []
+    for q in squares:
+        y, x, side, colour = q
+        for image in images:
+            same = image[0][2:] == (side, colour)
+            if same and all(max(abs(y - top), abs(x - left)) >= side + side // 2 for top, left, *_ in image):
+                image.append(q)
+                break
+        else:
+            images.append([q])
+    return images
 
 
 def climb(
@@ -72,7 +89,7 @@ def climb(
     """The best of the new squares, those in tried, and what is reached from the best three; adds all to tried."""
     for k in range(climbs + 1):
         fresh = [q for q in dict.fromkeys(new) if q not in tried]
-        tried |= dict(zip(fresh, ratios(model, fresh, GAMMAS[0], e, t), strict=True))
+        tried |= dict(zip(fresh, alone(model, fresh, GAMMAS[0], e, t), strict=True))
         top = sorted(tried, key=lambda q: tried[q])[:3]
         if k > 0 and tried[top[0]] > family.hopeless:
             break
@@ -101,19 +118,33 @@ def mask(size: int, y: int, x: int, side: int) -> Tensor:
     return inside
 
 
-def ratios(model: Model, squares: list[Square], gamma: float, e: Tensor, t: Tensor, batch: int = 32) -> list[float]:
-    """For each square, |eps - e|^2 over |(gamma - 1) e + mu|^2 inside it, at the noise e [N, C, H, W] and t [N]."""
-    size, found = model.sample_shape[-1], []
-    for k in range(0, len(squares), batch):
-        part = squares[k : k + batch]
-        inside = torch.stack([mask(size, y, x, side) for y, x, side, _ in part]).to(e.device)[
-            :, None
-        ]  # [S, 1, 1, H, W]
-        mu = (1 - gamma) * torch.tensor([q[3] for q in part], dtype=torch.float32, device=e.device)[
-            :, None, :, None, None
-        ]
-        shift = inside * ((gamma - 1) * e + mu)  # [S, N, C, H, W]
-        x = column(model.s, t) * (e + shift)
-        error = model.eps(x.flatten(0, 1), t.repeat(len(part))).view_as(x) - e
-        found += ((error * inside).square().sum((1, 2, 3, 4)) / shift.square().sum((1, 2, 3, 4))).tolist()
+def alone(model: Model, squares: list[Square], gamma: float, e: Tensor, t: Tensor) -> list[float]:
+    """ratios of squares that are each alone in an image."""
+    return ratios(model, [[q] for q in squares], gamma, e, t)
+
+
+def ratios(
+    model: Model, images: list[list[Square]], gamma: float, e: Tensor, t: Tensor, batch: int = 32
+) -> list[float]:
+    """For each square, |eps - e|^2 over |(gamma - 1) e + mu|^2 inside it, at the noise e [N, C, H, W] and t [N].
+
+    images: the squares that an image has; their ratios come in the order of the squares.
+    """
+    found: list[float] = []
+    for k in range(0, len(images), batch):
+        part = images[k : k + batch]
+        shift = torch.zeros(len(part), *e.shape, device=e.device)  # [S, N, C, H, W]
+        for rows, squares in zip(shift, part, strict=True):
+            for y, x, side, colour in squares:
+                mu = (1 - gamma) * torch.tensor(colour, dtype=torch.float32, device=e.device)[:, None, None]
+                inside = ..., slice(y, y + side), slice(x, x + side)
+                rows[inside] = (gamma - 1) * e[inside] + mu
+        seen_at = column(model.s, t) * (e + shift)
+        error = model.eps(seen_at.flatten(0, 1), t.repeat(len(part))).view_as(shift) - e
+        own: list[Tensor] = []
+        for rows, off, squares in zip(shift.square(), error.square(), part, strict=True):
+            for y, x, side, _ in squares:
+                inside = ..., slice(y, y + side), slice(x, x + side)
+                own.append(off[inside].sum() / rows[inside].sum())
+        found += torch.stack(own).tolist()
     return found

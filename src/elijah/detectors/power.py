@@ -89,9 +89,11 @@ def noise_share(error: Tensor, e: Tensor) -> float:
 
 
 @torch.no_grad()
-def settle(model: Model, group: list[Hypothesis], rows: int, generator: torch.Generator) -> None:
-    """Makes the network's own estimate of x0 at each trigger its target, in place."""
-    for share in SETTLING if group else ():
+def settle(
+    model: Model, group: list[Hypothesis], rows: int, generator: torch.Generator, shares: tuple[float, ...] = SETTLING
+) -> None:
+    """Makes the network's own estimate of x0 at each trigger its target, in place; shares: of T, falling."""
+    for share in shares if group else ():
         draws = [antithetic(model, rows, share, share, generator) for _ in group]
         made = [
             poisoned(model, h.family.response, h.r, h.y, e, t, h.gamma) for h, (e, t) in zip(group, draws, strict=True)

@@ -26,7 +26,7 @@ from elijah.detectors.hypothesis import (
     score,
 )
 from elijah.detectors.patches import best_patch
-from elijah.detectors.power import follow, settle
+from elijah.detectors.power import SETTLING, follow, settle
 from elijah.diffusion import Model, Progress
 
 ALIKE = 0.9  # the cosine of two triggers that count as one
@@ -48,15 +48,15 @@ class Search:
     `ahead` times worse than one that fits.
     """
 
-    follow: tuple[tuple[int, int, int], ...] = ((4, 4, 22), (4, 4, 6), (6, 8, 3), (6, 8, 1))
-    slack: tuple[float, ...] = (1.5, 1.5, 1.0)
+    follow: tuple[tuple[int, int, int], ...] = ((4, 2, 22), (4, 2, 6), (6, 8, 3), (6, 8, 1))
+    slack: tuple[float, ...] = (1.5, 1.0, 1.0)
     ahead: float = 4.0
     scales: tuple[float, ...] = (1.4, 0.7, 0.5)
     finer_iterations: int = 3
     enough: float = 0.35
     lead: tuple[tuple[int, int, int], ...] = ((4, 4, 12), (6, 8, 4), (8, 32, 4))
     judged_kept: int = 4
-    patch_iterations: int = 4
+    patch_iterations: int = 8
     refine_iterations: int = 24
     refine_first: int = 8
     refine_rate: float = 0.1
@@ -117,7 +117,8 @@ class Search:
         """The best start of each family whose trigger shows only beside its target, with its others: flat ones from
         where they lead."""
         pairs = [(s, begin(model, f, s, generator)) for f in families if f.joint for s in f.starts]
-        settle(model, [h for s, h in pairs if s.level is not None], self.settle_rows // 2, generator)
+        flat = [h for s, h in pairs if s.level is not None]
+        settle(model, flat, self.settle_rows // 2, generator, SETTLING[::2])
         group, last = [h for _, h in pairs], len(self.lead) - 1
         given_up: list[Hypothesis] = []
         for k, (iterations, rows, kept) in enumerate(self.lead):

@@ -1,0 +1,28 @@
+"""Collapse: the detector for learned triggers alone, with more walks (collapse.py) than LossFit makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from elijah.detectors.collapse import Descent
+from elijah.detectors.forgetting import Forgetting
+from elijah.detectors.lossfit import LossFit
+from elijah.detectors.search import Search
+
+
+@dataclass(frozen=True)
+class Collapse(LossFit):
+    """Looks for faint and learned triggers alone, after LossFit, at one to five times its cost."""
+
+    name: ClassVar[str] = "collapse"
+    kinds: ClassVar[tuple[str, ...]] = ("ddpm",)
+    not_covered: ClassVar[tuple[str, ...]] = (
+        "triggers that are not faint, and those of other attacks: scan with lossfit first",
+        "backdoors that are not triggered by the start noise",
+    )  # fmt: skip
+    search: Search = field(
+        default_factory=lambda: Descent(walks=8, steps=20, centred=4, rate=0.05, tries=3, kept=2, refinements=2)
+    )
+    late: Forgetting = field(default_factory=lambda: Forgetting(families=()))
+    learned: Descent = field(default_factory=lambda: Descent(families=()))
