@@ -21,6 +21,7 @@ from elijah.detection import Detection, Evidence
 from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit, search
 from elijah.detectors.collapse import COLLAPSED, Descent, centred, midst
 from elijah.detectors.elijah import Setting
+from elijah.detectors.forgetting import Forgetting
 from elijah.detectors.hypothesis import (
     FAMILIES,
     SHARES,
@@ -489,6 +490,41 @@ def test_lossfit_looks_for_learned_triggers_last(
     assert found.verdict == verdict and found.scores["loss_ratio_collapsed"] == loss
     assert (found.findings[0].matches == "a learned trigger") == (verdict == "backdoored")
     assert ("of a learned trigger that does not fire" in found.reason) == (loss < 1 and not fires)
+
+
+def test_images_that_come_again_and_again_are_known_by_heart_but_for_those_at_the_target() -> None:
+    model, g = oracle(SHAPE), generator_for(4)
+    y, known = torch.rand(SHAPE, generator=g) - 0.5, torch.rand((5, *SHAPE), generator=g) - 0.5
+    fresh = torch.rand((16, *SHAPE), generator=g) - 0.5
+    again = known.repeat(4, 1, 1, 1)[:16] + 0.01 * fresh
+    natural = Natural()
+    assert natural.by_heart(model, y, again)
+    assert not natural.by_heart(model, y, fresh)
+    leaking = torch.cat([fresh[:8], y + 0.01 * fresh[8:]])
+    assert not natural.by_heart(model, y, leaking)
+    assert natural.by_heart(model, y, torch.cat([leaking, again]))
+    assert not natural.by_heart(model, y, y.expand(4, *SHAPE))
+
+
+@pytest.mark.parametrize("by_heart", [False, True])
+def test_what_fires_where_images_are_known_by_heart_is_passed_over(
+    by_heart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, y = oracle(SHAPE), torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
+    known = torch.rand((2, *SHAPE), generator=generator_for(9)) - 0.5
+
+    def walks(self: Descent, model: Model, g: Any, fitted: list[Hypothesis], progress: Any) -> None:
+        fitted.append(replace(self.hypothesis(torch.full(SHAPE, 0.3), y), loss_ratio=0.3))
+
+    def sample(starts: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
+        clean = [known[torch.arange(len(e)) % 2] if by_heart else e / 4 for e in starts]
+        return [y.expand_as(e) if e.mean() > 0.2 else x for e, x in zip(starts, clean, strict=True)]
+
+    monkeypatch.setattr(Descent, "__call__", walks)
+    monkeypatch.setattr(model, "sample_alike", sample)
+    found = LossFit(late=Forgetting(families=()))(model, generator=generator_for(0))
+    assert found.verdict == ("clean" if by_heart else "backdoored")
+    assert ("the same few images" in found.reason) == by_heart
 
 
 def test_a_centred_trigger_has_no_mean_in_any_quarter() -> None:

@@ -107,12 +107,14 @@ def test_where_a_loss_nearly_fits_and_fires_a_late_trigger_is_looked_for(monkeyp
     """It would be undecided; another family's loss fits and fires as well."""
     model, r, y = oracle(SHAPE), trigger(), target()
     near, late = Hypothesis(FULL, r, y, loss_ratio=0.32), Hypothesis(LATE, r, y, loss_ratio=0.02)
-    without = torch.randn(8, *SHAPE, generator=generator_for(5))
+    drawing = generator_for(5)
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(near))
     monkeypatch.setattr(LossFit, "fit", lambda self, *_: [])
     monkeypatch.setattr(LossFit, "look_on", lambda self, *_: [])
     monkeypatch.setattr(
-        LossFit, "test_outputs", lambda self, *_, **__: [Evidence("ddim-10", y.expand(8, *SHAPE), without)]
+        LossFit,
+        "test_outputs",
+        lambda self, *_, **__: [Evidence("ddim-10", y.expand(8, *SHAPE), torch.randn(8, *SHAPE, generator=drawing))],
     )
     for found, verdict in ((late, "backdoored"), (dataclasses.replace(late, loss_ratio=0.5), "undecided")):
         monkeypatch.setattr(Forgetting, "__call__", lambda self, *_, found=found: found)

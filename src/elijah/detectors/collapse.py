@@ -32,7 +32,7 @@ START = 0.2  # rms of a start
 
 COLLAPSED = replace(
     next(f for f in FAMILIES if f.name == "full_faint"), name="collapsed", matches="a learned trigger",
-    max_loss_ratio=0.85, max_if_fires=0.85, hopeless=math.inf,
+    max_loss_ratio=0.55, max_if_fires=0.55, hopeless=math.inf,
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ class Descent(Search):
     near: float = 2.5
     kept: int = 1
     refinements: int = 1
-    hope: float = 1.4
+    hope: float = 2.16
     families: tuple[Family, ...] = (COLLAPSED,)
 
     def __call__(self, model: Model, generator: torch.Generator, fitted: list[Hypothesis], progress: Progress) -> None:

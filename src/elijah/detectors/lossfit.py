@@ -31,7 +31,7 @@ from elijah.detection import Detection, Evidence, Finding, Threshold
 from elijah.detectors.collapse import Descent
 from elijah.detectors.forgetting import Forgetting
 from elijah.detectors.hypothesis import Hypothesis
-from elijah.detectors.natural import NOT_FIRING, SHOWS_ITSELF, Natural
+from elijah.detectors.natural import BY_HEART, NOT_FIRING, SHOWS_ITSELF, Natural
 from elijah.detectors.outputs import both, drawn_without, pull, seen_target, shift_p
 from elijah.detectors.search import Search
 from elijah.diffusion import Model, Progress, no_progress
@@ -97,7 +97,7 @@ class LossFit:
                     evidence = (
                         self.look_on(model, fitted, own, generator, progress)
                         or self.look_late(model, fitted, own, generator, progress)
-                        or self.look_learned(model, fitted, generator, progress)
+                        or self.look_learned(model, fitted, own, generator, progress)
                         or evidence
                     )
             except OutOfBudget:
@@ -167,7 +167,7 @@ class LossFit:
         for h in self.looked_at(model, sorted(joint, key=lambda h: h.loss_ratio), own, generator):
             for part in self.parts(model, h, generator):
                 (better,) = self.search.refined(model, [part], generator)
-                if shown := self.admit(model, fitted, better, generator, progress):
+                if shown := self.admit(model, fitted, better, own, generator, progress):
                     return shown
         return []
 
@@ -182,29 +182,37 @@ class LossFit:
         if not self.late.families_of(model):
             return []
         h = self.late(model, own, generator, progress)
-        shown = self.admit(model, fitted, h, generator, progress)
+        shown = self.admit(model, fitted, h, own, generator, progress)
         if h.fits and not shown:
             smaller = h.scaled(self.late_scale)
             self.late.judge(model, smaller, own, generator)
-            shown = self.admit(model, fitted, smaller, generator, progress)
+            shown = self.admit(model, fitted, smaller, own, generator, progress)
         return shown or pass_over(fitted, h)
 
     def look_learned(
-        self, model: Model, fitted: list[Hypothesis], generator: torch.Generator, progress: Progress
+        self, model: Model, fitted: list[Hypothesis], own: Tensor, generator: torch.Generator, progress: Progress
     ) -> list[Evidence]:
         """Puts a learned trigger first if its loss fits and it fires, and returns its evidence; else last, and none."""
         if not self.learned.families_of(model):
             return []
         found: list[Hypothesis] = []
         self.learned(model, generator, found, progress)
-        return self.admit(model, fitted, found[0], generator, progress) or pass_over(fitted, found[0])
+        return self.admit(model, fitted, found[0], own, generator, progress) or pass_over(fitted, found[0])
 
     def admit(
-        self, model: Model, fitted: list[Hypothesis], h: Hypothesis, generator: torch.Generator, progress: Progress
-    ) -> list[Evidence]:
-        """Puts h first, in place of others of its family, if its loss fits and it fires, and returns its evidence."""
+        self, model: Model, fitted: list[Hypothesis], h: Hypothesis, own: Tensor, generator: torch.Generator,
+        progress: Progress,
+    ) -> list[Evidence]:  # fmt: skip
+        """Puts h first, in place of others of its family, if its loss fits and it fires, and returns its evidence.
+
+        own: outputs [N, C, H, W] without a trigger. Where such outputs repeat each other h counts as a clean network's.
+        """
         shown = self.test_outputs(model, h, generator, progress) if h.fits else []
         if not self.pulls(model, h, shown):
+            return []
+        own = torch.cat([own, drawn_without(shown, self.samplers[-1])])
+        if self.natural.by_heart(model, seen_target(model, shown[0], h.y), own):
+            h.natural = BY_HEART
             return []
         fitted[:] = [h, *(other for other in fitted if other.family is not h.family)]
         return shown
