@@ -7,9 +7,8 @@ which the attacker's loss is nearly zero; a clean network calls the whole shift 
 
 is near 1 on a clean network and near 0 at a backdoor. Making L small inverts trigger and target together and names the
 family. The second, independent evidence is what the outputs say: sampled from gamma e + r, do they move onto y? Where
-the target may be a distribution: do they differ from those without? A large trigger that a network takes for noise
-leaves its own picture in the outputs of a deterministic sampler, without a backdoor; it is told by what it looks like
-and by its mirror image. So is what a clean network answers to coarse light and dark: a loss may fit, and nothing fires.
+the target may be a distribution: do they differ from those without? What clean networks do as well is passed over
+(natural.py).
 
 The search is search.py's, and patches are found by a sweep (patches.py). Late triggers, which only show where most of
 the noise is gone, are found by what the network forgets (forgetting.py), learned ones, which look like noise, by what
@@ -45,11 +44,10 @@ class LossFit:
     samples: how many the output test draws a sampler, half as many where one is costly (exploding), few_samples with
     few steps where its loss does not fit; more_samples: where a distribution that is a target does not show in so few.
     max_shift_p: outputs with and without the trigger count as changed up to this p-value of being draws from one
-    distribution. natural: what clean networks do as well.
-    max_begin: the loss ratio up to which a trigger that fires is fitted by gradient; a clean network's is near 1.
-    late_scale: what is tried of a late trigger whose loss fits and that does not fire. Where a loss nearly fits and the
-    outputs do not say so, what else could fire is tested (alternatives), in the end after a fit by gradient from there
-    and under more samplers (careful_*).
+    distribution. natural: what clean networks do as well. max_begin: the loss ratio up to which a trigger that fires is
+    fitted by gradient; a clean network's is near 1. late_scale: what is tried of a late trigger whose loss fits and
+    that does not fire. Where a loss nearly fits and the outputs do not say so, what else could fire is tested
+    (alternatives), in the end after a fit by gradient from there and under more samplers (careful_*).
     """
 
     name: ClassVar[str] = "lossfit"
@@ -176,8 +174,7 @@ class LossFit:
     ) -> list[Evidence]:
         """Puts a late trigger first if its loss fits and it fires, and returns its evidence; else last, and none.
 
-        own: outputs [N, C, H, W] without a trigger. A smaller one is tried as well, since fits overshoot. Some narrow
-        clean networks forget images as well, but then outputs do not move onto one.
+        own: outputs [N, C, H, W] without a trigger. A smaller one is tried as well, since fits overshoot.
         """
         if not self.late.families_of(model):
             return []
