@@ -75,7 +75,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(importlib.import_module("elijah.zoo"), "USUAL", ("ddpm-2",))
     monkeypatch.setattr(judging_repairs, "STRENGTH_UPDATES", (1, 2))
     monkeypatch.setattr(cleaning, "SYNTHETIC", 64)
-    for name in ("Unshift", "Distill"):
+    for name in ("Unshift", "Distill", "Erase"):
         own = getattr(judging_repairs, name)
         monkeypatch.setattr(judging_repairs, name, functools.partial(own, steps=2, batch_size=2))
     monkeypatch.setattr(Model, "quick_sampler", "ddim-2")
@@ -123,7 +123,7 @@ def test_two_triggers_are_two_cases(scans: list[str], tmp_path: Path) -> None:
 
 
 def test_rescans_harm_and_strength(scans: list[str], tmp_path: Path) -> None:
-    scans += ["backdoored", "undecided", *["clean"] * 5]
+    scans += ["backdoored", "undecided", *["clean"] * 7]
     found = measured(tmp_path, rescan=True, harm=True, strength=True)
     ours, distill = (found["repairs"][name] for name in ("unshift", "distill"))
     assert ours["synthetic"]["rescans"] in (["undecided", "clean"], ["undecided"])
@@ -131,7 +131,7 @@ def test_rescans_harm_and_strength(scans: list[str], tmp_path: Path) -> None:
     assert found["repairs"]["elijah"]["synthetic"]["rescans"] == []
     for start in (*ours.values(), *distill.values(), found["reference"]):
         assert set(start["strength"]["success"]) == {"0", "1", "2"} and 0 <= start["strength"]["area"] <= 1
-    assert set(found["harm"]) == {"unshift", "distill", "finetune"}
+    assert set(found["harm"]) == {"unshift", "distill", "erase", "finetune"}
     assert all(x["updates"] == 2 and min(x["drift_share"].values()) > 0 for x in found["harm"].values())
     table = repairs_table([found])
     assert "## Harm of a trigger that is none" in table and "## How fast the attack comes back" in table

@@ -309,7 +309,7 @@ def test_a_clean_that_is_killed_ten_times_ends_like_an_undisturbed_one(
 
 def test_wrong_names(verdicts: Verdicts, run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     verdicts("clean")
-    with pytest.raises(ElijahError, match="unknown repair 'x': use one of unshift, distill, elijah"):
+    with pytest.raises(ElijahError, match="unknown repair 'x': use one of unshift, distill, erase, elijah"):
         run(repair="x")
     with pytest.raises(ElijahError, match="no such folder"):
         clean(str(tmp_path / "none"), tmp_path / "out")

@@ -262,3 +262,22 @@ def test_ssim_without_torchmetrics_says_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
     with pytest.raises(ElijahError, match=r"pip install 'elijah-scan\[bench\]'"):
         metrics.ssim_to_target(images(2), images(1)[0])
+
+
+def energy(one: Tensor, other: Tensor) -> float:
+    """The energy distance as it is written, between images."""
+    one, other = one.flatten(1).double(), other.flatten(1).double()
+    across, a, b = torch.cdist(one, other).mean(), torch.cdist(one, one).mean(), torch.cdist(other, other).mean()
+    return float(2 * across - a - b)
+
+
+@pytest.mark.parametrize(("n", "m", "shift"), [(5, 5, 0.0), (6, 3, 0.0), (4, 7, 0.3), (8, 8, 2.0)])
+def test_two_sample_p_counts_permutations_that_are_as_far_apart(n: int, m: int, shift: float) -> None:
+    g = torch.Generator().manual_seed(n)
+    one, other = torch.randn(n, 1, 2, 2, generator=g), torch.randn(m, 1, 2, 2, generator=g) + shift
+    both, g = torch.cat([one, other]), torch.Generator().manual_seed(1)
+    orders = [torch.randperm(n + m, generator=g) for _ in range(50)]
+    larger = sum(energy(both[o[:n]], both[o[n:]]) >= energy(one, other) - 1e-12 for o in orders)
+    p = metrics.two_sample_p(one, other, torch.Generator().manual_seed(1), permutations=50)
+    assert p == pytest.approx((1 + larger) / 51)
+    assert shift < 1 or p == pytest.approx(1 / 51)

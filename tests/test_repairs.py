@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import equal, random_model, weights
+from hypothesis import given
+from hypothesis import strategies as st
 from oracle import oracle
 
 from elijah import training
@@ -18,14 +20,17 @@ from elijah.data import load_images, to_uint8
 from elijah.detection import Finding
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.metrics import paired_drift
-from elijah.repairs import DEFAULT, REPAIRS, Distill, Prune, Unshift
+from elijah.repairs import DEFAULT, REPAIRS, Distill, Erase, Prune, Unshift
+from elijah.repairs.erase import OUTER, erasing
 from elijah.repairs.unshift import held_shares, leak, triggers
 from elijah.response import Response
 from elijah.trigger import make_trigger
 
 SHAPE = (1, 8, 8)
+NONE = torch.empty(0, *SHAPE)
 USES = {  # of a finding
     "unshift": {"trigger", "target", "response"}, "distill": {"trigger", "target", "response"},
+    "erase": {"trigger", "target", "response"},
     "elijah": {"trigger"}, "prune": {"trigger", "response"}, "finetune": set(),
 }  # fmt: skip
 
@@ -44,7 +49,9 @@ def repaired(
     name: str, finding: Finding | list[Finding], images: torch.Tensor, *, seed: int = 0, model: Model | None = None,
     checkpoint: Path | None = None, progress: Progress = no_progress,
 ) -> Model:  # fmt: skip
-    rows: dict[str, Any] = {"batch_size": 16, "group": 2} if name in ("unshift", "distill") else {"batch_size": 4}
+    rows: dict[str, Any] = (
+        {"batch_size": 16, "group": 2} if name in ("unshift", "distill", "erase") else {"batch_size": 4}
+    )
     repair = REPAIRS[name](steps=3, **rows)
     findings = finding if isinstance(finding, list) else [finding]
     fixed: Model = repair(
@@ -338,9 +345,9 @@ def test_what_is_kept_of_the_weights() -> None:
     for p in model.network.parameters():
         torch.nn.init.normal_(p, 0.01, 0.1, generator=generator_for(1, p.numel()))
     before, kept = weights(model), (1.0, 0.7, 0.1)
-    begun = weights(Distill(kept=kept).begin(model, seed=5))
-    assert equal(weights(model), before) and equal(begun, weights(Distill(kept=kept).begin(model, seed=5)))
-    assert not equal(begun, weights(Distill(kept=kept).begin(model, seed=6)))
+    begun = weights(Distill(kept=kept).begin(model, [], NONE, seed=5))
+    assert equal(weights(model), before) and equal(begun, weights(Distill(kept=kept).begin(model, [], NONE, seed=5)))
+    assert not equal(begun, weights(Distill(kept=kept).begin(model, [], NONE, seed=6)))
     levels = {"down_blocks.0": 0, "down_blocks.1": 1, "down_blocks.2": 2, "mid_block": 2, "up_blocks.0": 2,
               "up_blocks.1": 1, "up_blocks.2": 0}  # fmt: skip
     seen = set()
@@ -354,7 +361,7 @@ def test_what_is_kept_of_the_weights() -> None:
             assert (pair[1].std() / pair[0].std()).item() == pytest.approx(1, abs=0.05)
             seen.add(level)
     assert seen == {1, 2}
-    deep = weights(Distill(kept=(1.0, 0.7)).begin(model, seed=5))["mid_block.resnets.0.conv1.weight"]
+    deep = weights(Distill(kept=(1.0, 0.7)).begin(model, [], NONE, seed=5))["mid_block.resnets.0.conv1.weight"]
     pair = torch.stack([deep.flatten(), before["mid_block.resnets.0.conv1.weight"].flatten()])
     assert torch.corrcoef(pair)[0, 1].item() == pytest.approx(0.7, abs=0.05)
 
@@ -362,7 +369,7 @@ def test_what_is_kept_of_the_weights() -> None:
 def test_a_network_without_a_middle_block() -> None:
     model = random_model()
     model.network.mid_block = None
-    begun = weights(Distill(kept=(1.0, 0.1)).begin(model, seed=5))
+    begun = weights(Distill(kept=(1.0, 0.1)).begin(model, [], NONE, seed=5))
     moved = {".".join(name.split(".")[:2]) for name, p in weights(model).items() if not torch.equal(begun[name], p)}
     assert moved == {"down_blocks.1", "up_blocks.0"}
 
@@ -383,3 +390,45 @@ def test_distill_is_unshift_from_other_weights(digits: torch.Tensor, monkeypatch
     assert not all(torch.allclose(ended[0][name], ended[2][name], atol=1e-2) for name in ended[0])
     assert len(teachers) == 6 and all(equal(teacher, weights(model)) for teacher in teachers)
     assert Distill().rate_for(model) == pytest.approx(3 * Unshift().rate_for(model))
+
+
+def test_erasing_by_hand() -> None:
+    """Two coordinates of sizes 2 and 1: the second is moved by more than its size, the first by less."""
+    seen, moved = torch.diag(torch.tensor([4.0, 1.0, 1.0])).double(), torch.diag(torch.tensor([2.0, 3.0, 0.0])).double()
+    assert torch.allclose(erasing(seen, moved, 1), torch.diag(torch.tensor([1.0, 0.0, 1.0])).double(), atol=1e-3)
+    assert torch.allclose(erasing(seen, moved, 2), torch.diag(torch.tensor([0.0, 0.0, 1.0])).double(), atol=1e-3)
+    assert torch.equal(erasing(seen, moved, 0), torch.eye(3).double())
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4))
+def test_erasing_takes_what_is_moved_and_keeps_what_is_independent_of_it(seed: int, n: int) -> None:
+    """A projection; what it takes is uncorrelated, over S, with what it keeps; a trigger of rank n is taken whole."""
+    g = generator_for(seed)
+    basis, shift = (torch.randn(rows, 6, generator=g).double() for rows in (12, n))
+    seen, moved = basis.T @ basis, shift.T @ shift
+    kept = erasing(seen, moved, n)
+    taken = torch.eye(6).double() - kept
+    assert torch.allclose(kept @ kept, kept, atol=1e-2) and torch.linalg.matrix_rank(taken, rtol=1e-6) == n
+    assert torch.allclose(kept @ seen @ taken.T, torch.zeros(6, 6).double(), atol=1e-2 * float(seen.norm()))
+    assert torch.allclose(kept @ shift.T, torch.zeros(6, n).double(), atol=1e-6 * float(shift.norm() ** 2 + 1))
+
+
+def test_erase_begins_where_layers_do_not_see_the_trigger(digits: torch.Tensor) -> None:
+    """Weights of the first and the last layer, and of those that see t alone, are kept; the input model is."""
+    model, finding = random_model(), found()
+    before, rows = weights(model), model.prepare(digits)
+    begun = Erase(pairs=20).begin(model, [finding], rows, seed=5)
+    assert equal(weights(model), before) and equal(
+        weights(begun), weights(Erase(pairs=20).begin(model, [finding], rows, 5))
+    )
+    moved = {name for name, p in weights(begun).items() if not torch.equal(p, before[name])}
+    assert moved and all(name.endswith("weight") and "time" not in name for name in moved)
+    assert not any(name.startswith(OUTER) for name in moved) and any("attentions" in name for name in moved)
+    for layer, (seen, shifts) in Erase(pairs=20).moments(model, [finding], rows, generator_for(1)).items():
+        assert seen.shape == shifts.shape == (layer.weight.shape[1],) * 2 and seen.trace() > 0 and shifts.trace() > 0
+    whole = Erase(pairs=20).moments(model, [finding], rows, generator_for(1))
+    model.max_batch = 3
+    for layer, parts in Erase(pairs=20).moments(model, [finding], rows, generator_for(1)).items():
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(parts, whole[layer], strict=True))
+    assert equal(weights(Erase(share=0.0, pairs=20).begin(model, [finding], rows, 5)), before)
+    assert Erase().rate_for(model) == pytest.approx(3 * Unshift().rate_for(model))

@@ -28,7 +28,7 @@ DataOption = Annotated[
     list[str] | None, typer.Option("--data", metavar="KIND", help="synthetic or real; repeatable. Without: both.")
 ]
 RescanOption = Annotated[
-    bool, typer.Option("--rescan", help="Rescan after unshift and distill, and repair what is found then.")
+    bool, typer.Option("--rescan", help="Rescan after unshift, distill and erase, and repair what is found then.")
 ]
 HarmOption = Annotated[bool, typer.Option("--harm", help="Repair a trigger that is none, too, and measure the drift.")]
 StrengthOption = Annotated[bool, typer.Option("--strength", help="Attack again, and measure how fast it succeeds.")]

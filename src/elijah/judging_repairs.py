@@ -23,7 +23,7 @@ from elijah.fids import Fids
 from elijah.guard import image_loss
 from elijah.loading import load_model
 from elijah.metrics import diversity_ratio, paired_drift, pairwise_mse, ssim_to_target
-from elijah.repairs import REPAIRS, Distill, Repair, Unshift
+from elijah.repairs import REPAIRS, Distill, Erase, Repair, Unshift
 from elijah.repairs.finetune import FineTune
 from elijah.scan import inspect
 from elijah.synthetic import screened, synthesise
@@ -34,7 +34,7 @@ Rates = Callable[[Tensor], dict[str, Any]]  # outputs on [0, 1] -> how many of t
 PREDICTOR_CORRECTOR_SHARE = 4  # one in so many samples where a sample takes a thousand evaluations
 USUAL = ("ddpm-50", "ddim-20", "dpm++2-20", "unipc-20")
 DATA = ("synthetic", "real")  # the model's own samples; the first tenth of the base's images
-OURS = ("unshift", "distill")
+OURS = ("unshift", "distill", "erase")
 STRENGTH_UPDATES = (10, 20, 40, 80)
 SCAN = {"detector": DEFAULT, "device": "cpu", "dtype": "float32", "batch_size": None, "offline": True,
         "max_evaluations": None, "max_minutes": None, "data": None}  # fmt: skip
@@ -183,6 +183,7 @@ def wrong_trigger(
     repairs: dict[str, Repair] = {
         "unshift": Unshift(),
         "distill": Distill(),
+        "erase": Erase(),
         "finetune": FineTune(steps=Unshift().steps),
     }
     for name, repair in repairs.items():

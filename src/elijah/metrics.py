@@ -75,15 +75,12 @@ def two_sample_p(one: Tensor, other: Tensor, generator: torch.Generator, permuta
     A permutation test of the energy distance (Szekely and Rizzo 2013) in pixels: at least 1 / (permutations + 1).
     """
     both = torch.cat([one, other]).flatten(1).double()
-    distance, n = torch.cdist(both, both), len(one)
-
-    def energy(order: Tensor) -> float:
-        a, b = order[:n], order[n:]
-        within = distance[a][:, a].mean() + distance[b][:, b].mean()
-        return float(2 * distance[a][:, b].mean() - within)
-
-    seen = energy(torch.arange(len(both)))
-    larger = sum(energy(torch.randperm(len(both), generator=generator)) >= seen - 1e-12 for _ in range(permutations))
+    distance, n, m = torch.cdist(both, both), len(one), len(other)
+    orders = [torch.arange(n + m), *(torch.randperm(n + m, generator=generator) for _ in range(permutations))]
+    first = torch.zeros(len(orders), n + m, dtype=torch.double).scatter_(1, torch.stack(orders)[:, :n], 1.0)
+    weights = (first / n - (1 - first) / m).to(distance)
+    energy = -((weights @ distance) * weights).sum(1)  # twice the mean between the sets, less those within them
+    larger = int((energy[1:] >= energy[0] - 1e-12).sum())
     return (1 + larger) / (1 + permutations)
 
 

@@ -50,7 +50,7 @@ class Descent(Search):
     centred: int = 3
     walk_rows: int = 2
     ends: int = 4
-    sampler_steps: int = 5
+    sampler_steps: int = 4
     rate: float = 0.08
     tries: int = 1
     near: float = 2.5

@@ -81,7 +81,7 @@ HALF = Family(
     "half", Response(1.0, 1.0), ((0.6, 1.0),), "BadDiffusion-like", 0.05, 0.06, 0.25, around(0.8), mirrored=True
 )
 FULL = Family(  # at t = T it answers like a clean network; it shows where y is half hidden
-    "full", Response(2.0, 1.0), ((0.15, 0.5), (0.6, 0.8)), "VillanDiffusion-ODE-like", 0.25, 0.3, 0.6,
+    "full", Response(2.0, 1.0), ((0.15, 0.5), (0.6, 0.8)), "VillanDiffusion-ODE-like", 0.25, 0.4, 0.6,
     (
         *around(1.0, 6, 0), *(Start(0.5, power=COARSE),) * 3,
         *(Start(0.87, -1, (i, j)) for i in range(3) for j in range(3)),  # pictures are on a black background

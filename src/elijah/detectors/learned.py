@@ -22,7 +22,9 @@ class Collapse(LossFit):
         "backdoors that are not triggered by the start noise",
     )  # fmt: skip
     search: Search = field(
-        default_factory=lambda: Descent(walks=8, steps=20, centred=4, rate=0.05, tries=3, kept=2, refinements=2)
+        default_factory=lambda: Descent(
+            walks=8, steps=20, centred=4, sampler_steps=5, rate=0.05, tries=3, kept=2, refinements=2
+        )
     )
     late: Forgetting = field(default_factory=lambda: Forgetting(families=()))
     learned: Descent = field(default_factory=lambda: Descent(families=()))

@@ -13,6 +13,7 @@ from elijah.detection import Finding
 from elijah.diffusion import Model, Progress
 from elijah.repairs.distill import Distill
 from elijah.repairs.elijah import Elijah
+from elijah.repairs.erase import Erase
 from elijah.repairs.finetune import FineTune
 from elijah.repairs.prune import Prune
 from elijah.repairs.unshift import Unshift
@@ -38,5 +39,12 @@ class Repair(Protocol):
         """
 
 
-REPAIRS = {"unshift": Unshift, "distill": Distill, "elijah": Elijah, "prune": Prune, "finetune": FineTune}
+REPAIRS = {
+    "unshift": Unshift,
+    "distill": Distill,
+    "erase": Erase,
+    "elijah": Elijah,
+    "prune": Prune,
+    "finetune": FineTune,
+}
 DEFAULT = "unshift"

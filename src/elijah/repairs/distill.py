@@ -14,12 +14,14 @@ and would take a whole training to return; what tells a trigger from noise is mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from elijah.detection import Finding
 from elijah.diffusion import Model, generator_for
 from elijah.repairs.unshift import Unshift
 
@@ -38,7 +40,7 @@ class Distill(Unshift):
     average: float | None = None
     kept: tuple[float, ...] = (1.0, 0.7, 0.1)
 
-    def begin(self, model: Model, seed: int) -> Model:
+    def begin(self, model: Model, findings: Sequence[Finding], rows: Tensor, seed: int) -> Model:
         """theta' of the module's docstring, with noise by seed."""
         copy, g = model.clone(), generator_for(seed, 2**31 + 3)
         with torch.no_grad():

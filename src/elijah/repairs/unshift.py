@@ -95,7 +95,7 @@ class Unshift:
         """A repaired copy of model. images: clean or synthetic, uint8 [N, C, H, W]."""
         rows = model.prepare(images)
         seed = int(torch.randint(2**62, (1,), generator=generator))
-        repaired = self.begin(model, seed)
+        repaired = self.begin(model, findings, rows, seed)
         looked = generator_for(seed, 2**31 + 4)
         held = [self.held_from(model, f, batch(rows, LOOKED_ROWS, looked), looked) for f in findings]
 
@@ -106,8 +106,8 @@ class Unshift:
         settings = Optimiser(self.steps, lr=lr, warmup=warmup, ema_decay=self.average, checkpoint_every=10)
         return optimise(repaired, loss, settings, seed=seed, checkpoint=checkpoint, progress=progress, what="repairing")
 
-    def begin(self, model: Model, seed: int) -> Model:
-        """The copy that the first update is made on."""
+    def begin(self, model: Model, findings: Sequence[Finding], rows: Tensor, seed: int) -> Model:
+        """The copy that the first update is made on. rows: clean images [N, C, H, W] in the model's own range."""
         return model.clone()
 
     def held_from(self, model: Model, finding: Finding, x0: Tensor, g: torch.Generator) -> float:
