@@ -287,12 +287,14 @@ class LossFit:
             if shown and pull(model, shown[0], h.y) == 1:
                 break
         if (h.family.joint or h.family.exploding) and h.nearly_fits and self.pulls(model, h, shown):
-            h.natural = SHOWS_ITSELF if self.natural.shows_itself(model, h, shown[0], e, seed) else ""
+            if self.natural.shows_itself(model, h, shown[0], e, seed):
+                h.natural = SHOWS_ITSELF
+            elif h.family.joint and not h.fits:  # what fits so little may lead to what is known by heart
+                own = model.sample(model.noise(2 * self.samples, generator), self.samplers[-1], seed=seed)
+                h.natural = BY_HEART if self.natural.by_heart(model, seen_target(model, shown[0], h.y), own) else ""
         return shown
 
-    def look(
-        self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress
-    ) -> list[Evidence]:  # fmt: skip
+    def look(self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress) -> list[Evidence]:
         """A few outputs, in few steps. The target is their median: where no loss fits, the fitted one says little."""
         e = model.noise(self.few_samples, generator)
         seed = int(torch.randint(2**31, (1,), generator=generator))

@@ -48,7 +48,7 @@ class Search:
     `ahead` times worse than one that fits.
     """
 
-    follow: tuple[tuple[int, int, int], ...] = ((4, 2, 22), (4, 2, 6), (6, 8, 3), (6, 8, 1))
+    follow: tuple[tuple[int, int, int], ...] = ((4, 2, 22), (6, 2, 6), (6, 8, 3), (6, 8, 1))
     slack: tuple[float, ...] = (1.5, 1.0, 1.0)
     ahead: float = 4.0
     scales: tuple[float, ...] = (1.4, 0.7, 0.5)
