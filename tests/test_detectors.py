@@ -24,6 +24,7 @@ from elijah.detectors.elijah import Setting
 from elijah.detectors.forgetting import Forgetting
 from elijah.detectors.hypothesis import (
     FAMILIES,
+    FULL,
     SHARES,
     Family,
     Hypothesis,
@@ -38,7 +39,7 @@ from elijah.detectors.hypothesis import (
 )
 from elijah.detectors.learned import Collapse
 from elijah.detectors.lossfit import VERDICTS
-from elijah.detectors.natural import FITS_NEGATIVE, Natural
+from elijah.detectors.natural import BY_HEART, FITS_NEGATIVE, Natural
 from elijah.detectors.outputs import both, correlation, pull
 from elijah.detectors.power import SETTLING, follow, off_by, settle
 from elijah.detectors.search import Search, begin, behind, best_of_each, hopeless, without
@@ -525,6 +526,24 @@ def test_what_fires_where_images_are_known_by_heart_is_passed_over(
     found = LossFit(late=Forgetting(families=()))(model, generator=generator_for(0))
     assert found.verdict == ("clean" if by_heart else "backdoored")
     assert ("the same few images" in found.reason) == by_heart
+
+
+@pytest.mark.parametrize(("loss", "by_heart", "counts"), [(0.3, False, True), (0.3, True, False), (0.2, True, True)])
+def test_what_full_fits_by_its_laxer_threshold_alone_is_compared_with_what_is_known_by_heart(
+    loss: float, by_heart: bool, counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, y = oracle(SHAPE), torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
+    known = torch.rand((2, *SHAPE), generator=generator_for(9)) - 0.5
+
+    def sample(e: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return y.expand_as(e) if e.mean() > 0.2 else known[torch.arange(len(e)) % 2] if by_heart else e / 4
+
+    monkeypatch.setattr(model, "sample", sample)
+    monkeypatch.setattr(model, "sample_alike", lambda starts, *_, **__: [sample(e) for e in starts])
+    h = Hypothesis(FULL, torch.full(SHAPE, 0.3), y, loss_ratio=loss)
+    lossfit = LossFit()
+    shown = lossfit.test_outputs(model, h, generator_for(0), lambda *_: None)
+    assert (h.natural == BY_HEART) != counts and lossfit.fires(model, h, shown) == counts
 
 
 def test_a_centred_trigger_has_no_mean_in_any_quarter() -> None:

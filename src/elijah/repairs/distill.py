@@ -27,17 +27,29 @@ from elijah.repairs.unshift import Unshift
 
 
 @dataclass(frozen=True)
-class Distill(Unshift):
-    """kept: by level of the U-Net, how alike the first update's weights are to the input model's, as a correlation.
+class Relearn(Unshift):
+    """Unshift from other weights, by begin: more updates at a higher rate, which the clean answers need.
 
-    The last is that of all deeper levels. More updates than Unshift's, at a higher rate: the clean answers need them.
-    Scaled noise is not held, hold does not grow, and no average is taken: so it was measured.
+    Scaled noise is not held, hold does not grow, and no average is taken: so Distill and Erase were measured.
     """
 
     steps: int = 400
     scaled_hold: tuple[float, float] | None = None
     growing_hold: tuple[float, float] | None = None
     average: float | None = None
+
+    def rate_for(self, model: Model) -> float:
+        """Three times Unshift's: the weights have far to go."""
+        return 3 * super().rate_for(model)
+
+
+@dataclass(frozen=True)
+class Distill(Relearn):
+    """kept: by level of the U-Net, how alike the first update's weights are to the input model's, as a correlation.
+
+    The last is that of all deeper levels.
+    """
+
     kept: tuple[float, ...] = (1.0, 0.7, 0.1)
 
     def begin(self, model: Model, findings: Sequence[Finding], rows: Tensor, seed: int) -> Model:
@@ -51,10 +63,6 @@ class Distill(Unshift):
                         n = p.std() * torch.randn(p.shape, generator=g).to(p)
                         p.mul_(kept).add_((1 - kept**2) ** 0.5 * n)
         return copy
-
-    def rate_for(self, model: Model) -> float:
-        """Three times Unshift's: the weights have far to go."""
-        return 3 * super().rate_for(model)
 
 
 def blocks(network: Any) -> Iterator[tuple[int, torch.nn.Module]]:

@@ -26,24 +26,17 @@ from torch import Tensor, nn
 from elijah.data import batch
 from elijah.detection import Finding
 from elijah.diffusion import Model, generator_for
-from elijah.repairs.unshift import Unshift, one_target, scales, triggers
+from elijah.repairs.distill import Relearn
+from elijah.repairs.unshift import one_target, scales, triggers
 
 OUTER = ("conv_in", "conv_out")
-RIDGE = 1e-4  # of S's mean diagonal, added to it: some coordinates are not used at all
+RIDGE = 1e-4  # of S's mean diagonal, added to it: some coordinates, or all of a layer's, are not used
 
 
 @dataclass(frozen=True)
-class Erase(Unshift):
-    """share: of the coordinates that each layer loses. pairs: of rows that they are measured on.
+class Erase(Relearn):
+    """share: of the coordinates that each layer loses. pairs: of rows that they are measured on."""
 
-    More updates than Unshift's, at a higher rate. Scaled noise is not held, hold does not grow, and no average is
-    taken: so it was measured.
-    """
-
-    steps: int = 400
-    scaled_hold: tuple[float, float] | None = None
-    growing_hold: tuple[float, float] | None = None
-    average: float | None = None
     share: float = 0.3
     pairs: int = 192
 
@@ -55,10 +48,6 @@ class Erase(Unshift):
             kept = erasing(seen, moved, round(self.share * len(seen))).to(weight)
             layer.weight.data = torch.einsum("oi...,ij->oj...", weight, kept).contiguous()
         return copy
-
-    def rate_for(self, model: Model) -> float:
-        """Three times Unshift's, as Distill's."""
-        return 3 * super().rate_for(model)
 
     @torch.no_grad()
     def moments(
@@ -116,7 +105,7 @@ def erasing(seen: Tensor, moved: Tensor, n: int) -> Tensor:
     """The projection [C, C] that takes from an input the n coordinates that are moved most, by S and D of the module's
     docstring, [C, C] each."""
     one = torch.eye(len(seen), dtype=seen.dtype, device=seen.device)
-    seen = seen + RIDGE * seen.diagonal().mean() * one
+    seen = seen + RIDGE * seen.diagonal().mean().clamp(min=1e-6) * one
     inverse = torch.linalg.inv(torch.linalg.cholesky(seen))
     directions = torch.linalg.eigh(inverse @ moved @ inverse.T).eigenvectors  # by rising lambda
     v = inverse.T @ directions[:, len(seen) - n :]
