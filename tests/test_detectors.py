@@ -55,14 +55,16 @@ FAST: dict[str, dict[str, Any]] = {  # settings that make a contract cheap on a 
         "samples": 4, "samplers": ("ddim-3",), "careful_samplers": ("ddim-4",),
     },
     "collapse": {
-        "search": Descent(walks=2, steps=2, centred=1, sampler_steps=2, score_rows=8, refine_iterations=2),
+        "search": Descent(
+            shifted=4, walks=2, steps=2, at_ends=2, sampler_steps=2, lead_steps=2, score_rows=8, refine_iterations=2
+        ),
         "samples": 4, "samplers": ("ddim-3",), "careful_samplers": ("ddim-4",),
     },
     "elijah": {"sampler": "ddpm-3", "batch_size": 4, "iterations": 3, "samples": 9},
     "terd": {"iterations": 3, "refine_iterations": 2, "batch_size": 4, "steps": 3, "samples": 9, "sampler": "ddim-3"},
 }  # fmt: skip
 SHORTER: dict[str, dict[str, Any]] = {  # settings that shorten a contract on an oracle
-    "collapse": {"search": Descent(walks=2, steps=8, centred=4)},
+    "collapse": {"search": Descent(shifted=16, steps=4, at_ends=8)},
     "elijah": {"sampler": "ddpm-50", "batch_size": 16, "iterations": 20},
     "terd": {"iterations": 20, "refine_iterations": 5},
 }
@@ -271,6 +273,21 @@ def test_a_target_unlike_its_trigger_is_no_picture_of_it_however_the_network_mir
         assert Natural().shows_itself(model, h, shown, e, 0) is own
 
 
+@pytest.mark.parametrize(("off", "own"), [(0.1, True), (0.3, False)])
+def test_a_mirror_image_that_leads_much_less_near_is_no_picture_of_the_trigger(
+    off: float, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A learned trigger looks like its target; outputs are up to 0.1 off, and those of the mirror image `off`."""
+    model, r, _ = truth(2, norm=6.0)
+    y = r / r.abs().max()
+    dims = max(((-1,), (-2,), (-1, -2)), key=lambda dims: float((y - y.flip(dims)).square().mean()))
+    monkeypatch.setattr(Model, "sample", lambda *_, **__: (y.flip(dims) + off).expand(4, *SHAPE))
+    drawn = torch.stack([y - 0.1, y, y + 0.1, -y])  # one that does not fire does not count
+    shown = Evidence("ddim-10", drawn, -y.expand(4, *SHAPE))
+    h = hypothesis(r, y, named("full"))
+    assert Natural().shows_itself(model, h, shown, torch.zeros(4, *SHAPE), 0) is own
+
+
 def test_where_an_image_is_its_own_mirror_image_nothing_is_told() -> None:
     model, r = oracle(SHAPE, s0=0.3), torch.full(SHAPE, 4.0)
     model.network.m = torch.zeros(SHAPE)
@@ -429,45 +446,74 @@ def test_a_model_with_nothing_but_what_is_passed_over_is_as_suspicious_as_a_clea
 
 
 def test_collapse_finds_a_faint_trigger_that_looks_like_noise_and_nothing_in_clean_networks() -> None:
-    """Signs of noise at 0.3, answered for a deterministic sampler."""
+    """Signs of noise at 0.3, answered for a deterministic sampler. Part of them fires as well; chance is 0.07."""
     sign = torch.randn(SHAPE, generator=generator_for(7)).sign()
     y = torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
     bad = oracle(SHAPE, r=0.3 * sign, y=y, response=Response(2.0, 1.0), rate=0.3)
     found, clean = (Collapse()(model, generator=generator_for(1)) for model in (bad, oracle(SHAPE)))
     best = found.findings[0]
     assert found.verdict == "backdoored", found.scores
-    assert alike(best.trigger, sign) > 0.6 and best.trigger.abs().max() <= COLLAPSED.reach
+    assert alike(best.trigger, sign) > 0.4 and best.trigger.abs().max() <= COLLAPSED.reach
     assert best.target is not None and (best.target - y).square().mean() < 0.1 * y.square().mean()
     assert best.response == Response(2.0, 1.0) and best.matches == "a learned trigger"
     assert clean.verdict != "backdoored" and clean.scores["loss_ratio_collapsed"] > found.scores["loss_ratio_collapsed"]
 
 
-@pytest.mark.parametrize(("losses", "walked"), [((2.0,), 1), ((6.0, 4.0, 1.5), 3), ((5.0, 4.0, 6.0), 3)])
-def test_other_starts_are_walked_from_while_none_comes_near(
-    losses: tuple[float, ...], walked: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("losses", "tried"), [((0.5,), 1), ((6.0, 4.0, 0.4), 3), ((5.0, 4.0, 6.0), 3)])
+def test_all_is_drawn_again_while_nothing_fits(
+    losses: tuple[float, ...], tried: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The nearest of all tries is refined."""
+    """The best of all tries is given."""
     left, seen = iter(losses), []
 
-    def walks(self: Descent, model: Model, *_: Any) -> list[Hypothesis]:
+    def led_to(self: Descent, model: Model, y: torch.Tensor, *_: Any) -> list[Hypothesis]:
         seen.append(next(left))
-        h = self.hypothesis(torch.full(SHAPE, seen[-1] / 20), torch.zeros(SHAPE))
-        return [replace(h, loss_ratio=seen[-1])]
+        h = self.hypothesis(torch.full(SHAPE, seen[-1] / 20), y[0])
+        return [replace(h, loss_ratio=9.0), replace(h, loss_ratio=seen[-1])]
 
-    monkeypatch.setattr(Descent, "walked", walks)
+    monkeypatch.setattr(Descent, "led_to", led_to)
     monkeypatch.setattr(Search, "refined", lambda self, model, h, g: h)
     fitted: list[Hypothesis] = []
-    Descent(tries=3)(oracle(SHAPE), generator_for(0), fitted, lambda *_: None)
-    assert len(seen) == walked and fitted[0].loss_ratio == min(losses)
+    Descent(shifted=2, steps=1, at_ends=2, tries=3)(oracle(SHAPE), generator_for(0), fitted, lambda *_: None)
+    assert len(seen) == tried and fitted[0].loss_ratio == min(losses)
 
 
 def test_the_cost_of_walks_is_their_steps_of_ddim_with_gradients() -> None:
-    model, few = oracle(SHAPE), Descent(walks=3, steps=4, centred=1, sampler_steps=2)
+    model, few = oracle(SHAPE), Descent(shifted=6, walks=3, steps=4, at_ends=2, sampler_steps=2, lead_steps=5)
+    meter = model.meter
     with model.frozen():
-        found = few.walked(model, generator_for(0), lambda *_: None)
-    walks, ends = 3 * 4 * few.walk_rows * 2 * 3, 3 * few.ends * 2
-    assert len(found) == 3 and model.meter.evaluations == walks + ends + 3 * 16 * len(COLLAPSED.judged)
-    assert all(h.r.abs().max() <= COLLAPSED.reach and math.isfinite(h.loss_ratio) for h in found)
+        outputs = few.unasked(model, generator_for(0), lambda *_: None)
+        assert outputs.shape == (6 + 3 * 4 * few.walk_rows + 3 * 2, *SHAPE) and not outputs.requires_grad
+        assert meter.evaluations == 2 * (6 + 3 * (3 * 4 * few.walk_rows) + 3 * 2)
+        before = meter.evaluations
+        targets = few.best_known(model, outputs, generator_for(1))
+        assert meter.evaluations == before + len(outputs) and 1 <= len(targets) <= few.targets
+        before = meter.evaluations
+        found = few.led_to(model, outputs[:2], generator_for(2), lambda *_: None)
+    walks, ends = 2 * 5 * few.lead_rows * 2 * 3, 2 * few.ends * 2
+    assert len(found) == 2 and meter.evaluations == before + walks + ends + 2 * 16 * len(COLLAPSED.judged)
+    assert all(0 < h.r.abs().max() <= COLLAPSED.reach and math.isfinite(h.loss_ratio) for h in found)
+
+
+def test_what_a_network_was_trained_on_again_and_again_is_told_among_its_outputs() -> None:
+    """A few copies of the target among many samples of the data, and no second target that is no better known."""
+    y = torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
+    model = oracle(SHAPE, r=0.3 * torch.ones(SHAPE), y=y, response=Response(2.0, 1.0), rate=0.5)
+    drawn = model.network.m + 0.5 * torch.randn(30, *SHAPE, generator=generator_for(3))
+    copies = y + 0.01 * torch.randn(3, *SHAPE, generator=generator_for(4))
+    best = Descent(targets=2).best_known(model, torch.cat([drawn, copies]), generator_for(5))
+    assert len(best) == 1 and (best[0] - y).square().mean() < 0.001
+    two = Descent(known=1.0, targets=2).best_known(model, torch.cat([drawn, copies]), generator_for(5))
+    assert len(two) == 2 and (two[0] - two[1]).square().mean() > 0.1  # another copy is no other target
+
+
+def test_noise_that_leads_to_a_target_is_the_trigger_where_there_is_one() -> None:
+    sign = torch.randn(SHAPE, generator=generator_for(7)).sign()
+    y = torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
+    bad = oracle(SHAPE, r=0.3 * sign, y=y, response=Response(2.0, 1.0), rate=0.3)
+    with bad.frozen():
+        (found,) = Descent().led_to(bad, y[None], generator_for(0), lambda *_: None)
+    assert alike(found.r, sign) > 0.3 and (found.y - y).square().mean() < 0.1 * y.square().mean()
 
 
 @pytest.mark.parametrize(("loss", "fires", "verdict"), [
@@ -546,10 +592,14 @@ def test_what_full_fits_by_its_laxer_threshold_alone_is_compared_with_what_is_kn
     assert (h.natural == BY_HEART) != counts and lossfit.fires(model, h, shown) == counts
 
 
-def test_a_centred_trigger_has_no_mean_in_any_quarter() -> None:
-    r = centred(torch.randn(2, 3, 8, 8, generator=generator_for(0)))
-    quarters = r.unflatten(3, (2, 4)).unflatten(2, (2, 4))
-    assert quarters.mean((3, 5)).abs().max() < 1e-6 and (r - centred(r)).abs().max() < 1e-6
+def test_a_centred_trigger_has_no_light_or_dark_in_it() -> None:
+    """What is even over a quarter of the image goes, and what changes from pixel to pixel stays."""
+    even = torch.full((1, 3, 16, 16), 0.3)
+    checks = ((torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2.0 - 1).expand(1, 3, 16, 16)
+    assert centred(even).abs().max() < 1e-6 and (centred(checks) - checks).abs().max() < 1e-6
+    blocks = torch.randn(1, 3, 2, 2, generator=generator_for(0)).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    assert centred(blocks).square().mean() < 0.2 * blocks.square().mean()
+    assert centred(torch.ones(1, 1, 3, 2)).shape == (1, 1, 3, 2)
 
 
 def test_the_midst_is_the_output_with_the_nearest_half() -> None:
@@ -1116,7 +1166,8 @@ def test_only_what_moves_outputs_onto_another_image_than_its_own_is_looked_at_ag
     silent.y = 0.9 * y
     monkeypatch.setattr(Natural, "shows_itself", lambda self, model, h, *_: h is own)
     looked = list(LossFit().looked_at(model, [silent, own, moving], far, generator_for(0)))
-    assert len(looked) == 1 and looked[0].r is moving.r and torch.equal(looked[0].y, y)
+    ((moved, shown),) = looked
+    assert moved.r is moving.r and torch.equal(moved.y, y) and torch.equal(shown.samples_with, y.expand(8, *SHAPE))
     assert torch.equal(moving.y, 0.9 * y)
     assert list(LossFit().looked_at(model, [], far, generator_for(0))) == []
 
@@ -1131,12 +1182,40 @@ def test_what_fires_far_from_its_loss_is_fitted_from_there(backdoor: bool, monke
     found = replace(hypothesis(3 * r, y, named("full")), loss_ratio=0.9)
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(found))
     if not backdoor:
-        monkeypatch.setattr(LossFit, "looked_at", lambda self, model, joint, *_: iter(joint))
+        shown = Evidence("ddim-10", y.expand(8, *SHAPE), torch.randn(8, *SHAPE, generator=g))
+        monkeypatch.setattr(LossFit, "looked_at", lambda self, model, joint, *_: ((h, shown) for h in joint))
     detection = LossFit()(model, generator=generator_for(0))
     assert detection.verdict == ("backdoored" if backdoor else "clean"), detection.scores
     if backdoor:
         best = detection.findings[0]
         assert best is not found and best.loss_ratio < 0.25 and alike(best.trigger, r) > 0.8
+
+
+@pytest.mark.parametrize(("loss", "off", "verdict"), [
+    (0.6, 0.01, "backdoored"), (0.6, 0.1, "clean"), (0.8, 0.01, "clean"),
+])  # fmt: skip
+def test_a_loss_that_is_kept_up_counts_where_outputs_are_nearer_to_each_other_than_clean_ones_get(
+    loss: float, off: float, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both fire by the usual measure: outputs are off the target by 0.01 or 0.1, where clean ones are off by 0.6."""
+    model, g = oracle(SHAPE), generator_for(3)
+    r, y = torch.randn(SHAPE, generator=g) / 3, torch.rand(SHAPE, generator=g) - 0.5
+    found = replace(hypothesis(r, y, named("full")), loss_ratio=0.9)
+
+    def sample(starts: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
+        away = [torch.randn(e.shape, generator=generator_for(k)) for k, e in enumerate(starts)]
+        return [y + off * away[0], *(0.5 * x for x in away[1:])] if len(starts) > 1 else [y + off * away[0]]
+
+    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(found))
+    monkeypatch.setattr(Search, "score", lambda self, model, h, g: loss)
+    monkeypatch.setattr(LossFit, "parts", lambda *_: iter(()))
+    monkeypatch.setattr(model, "sample_alike", sample)
+    monkeypatch.setattr(Natural, "shows_itself", lambda *_: False)
+    monkeypatch.setattr(Natural, "by_heart", lambda *_: False)
+    monkeypatch.setattr(LossFit, "look_late", lambda *_: [])
+    monkeypatch.setattr(LossFit, "look_learned", lambda *_: [])
+    detection = LossFit()(model, generator=generator_for(0))
+    assert detection.verdict == verdict and ("loss_ratio_full_tight" in detection.scores) == (verdict == "backdoored")
 
 
 def test_a_limit_that_ends_the_look_leaves_nothing_clean(monkeypatch: pytest.MonkeyPatch) -> None:

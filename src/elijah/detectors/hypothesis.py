@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from elijah.detectors.outputs import NEAR
 from elijah.diffusion import Model, column
 from elijah.response import Response, poisoned, trigger_coefficient, trigger_scale
 
@@ -67,6 +68,7 @@ class Family:
     distribution: bool = False  # the target may be a distribution: outputs that only change are evidence too
     pixels: bool = False  # of models in pixel space alone
     swept: bool = False  # the trigger is in a patch, which a sweep finds (patches.py)
+    within: float = NEAR  # how near its target an output must come, to count as moved
     mirrored: bool = False  # where nothing fires, the mirrored or negative trigger tells a clean network
 
     @property
@@ -111,6 +113,10 @@ FAMILIES = (
         "ve", Response(0.87, 0.0), ((0.5, 1.0),), "VillanDiffusion-VE-like", 0.08, 0.4,
         starts=(*around(0.8), *around(0.3)), exploding=True, start_window=(0.7, 1.0), mirrored=True,
     ),
+)  # fmt: skip
+TIGHT = replace(  # an attacker who keeps the loss up leaves outputs nearer to each other than a clean network's get
+    FULL, name="full_tight", matches=FULL.matches + ", its loss kept up", max_loss_ratio=0.7, max_if_fires=0.7,
+    within=0.01,
 )  # fmt: skip
 LATENT_RANGE = 4.0  # latents have unit deviation
 SHARES = (0.05, 0.95)

@@ -1,4 +1,4 @@
-"""Collapse: the detector for learned triggers alone, with more walks (collapse.py) than LossFit makes of them."""
+"""Collapse: the detector for learned triggers alone, with more outputs and walks (collapse.py) than LossFit has."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Collapse(LossFit):
     )  # fmt: skip
     search: Search = field(
         default_factory=lambda: Descent(
-            walks=8, steps=20, centred=4, sampler_steps=5, rate=0.05, tries=3, kept=2, refinements=2
+            shifted=512, walks=4, steps=12, at_ends=32, targets=4, tries=3, kept=2, refinements=3
         )
     )
     late: Forgetting = field(default_factory=lambda: Forgetting(families=()))

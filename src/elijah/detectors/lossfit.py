@@ -12,8 +12,8 @@ the target may be a distribution: do they differ from those without? What clean 
 
 The search is search.py's, and patches are found by a sweep (patches.py). Late triggers, which only show where most of
 the noise is gone, are found by what the network forgets (forgetting.py), learned ones, which look like noise, by what
-makes outputs collapse (collapse.py). Here is what follows: the outputs of the best hypothesis are tested, more effort
-is spent where loss and outputs disagree, and the rule is applied.
+the network draws unasked (collapse.py). Here is what follows: the outputs of the best hypothesis are tested, more
+effort is spent where loss and outputs disagree, and the rule is applied.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from elijah.detection import Detection, Evidence, Finding, Threshold
 from elijah.detectors.collapse import Descent
 from elijah.detectors.forgetting import Forgetting
-from elijah.detectors.hypothesis import Hypothesis
+from elijah.detectors.hypothesis import TIGHT, Hypothesis
 from elijah.detectors.natural import BY_HEART, NOT_FIRING, SHOWS_ITSELF, Natural
 from elijah.detectors.outputs import both, drawn_without, pull, seen_target, shift_p
 from elijah.detectors.search import Search
@@ -54,7 +54,7 @@ class LossFit:
     kinds: ClassVar[tuple[str, ...]] = ("ddpm", "ncsn", "ldm")
     not_covered: ClassVar[tuple[str, ...]] = (
         "patch triggers whose pattern is far from one colour",
-        "learned triggers that few walks miss: --detector collapse makes more, on DDPM",
+        "learned triggers whose image few outputs show: --detector collapse draws more, on DDPM",
         "late triggers, but on DDPM those near flat pictures or squares that act above 0.13 T",
         "backdoors that are not triggered by the start noise",
     )  # fmt: skip
@@ -157,15 +157,19 @@ class LossFit:
     ) -> list[Evidence]:
         """Looks at what all triggers do that were sought beside their targets, though no loss of theirs fits yet.
 
-        own: outputs [N, C, H, W] without a trigger, under the last sampler. One that pulls outputs onto an image is
-        fitted by gradient from there, itself and its faint part. Puts the first that then fits and fires first, and
-        returns its evidence; none if none does.
+        own: outputs [N, C, H, W] without a trigger, under the last sampler. What pulls outputs onto an image is fitted
+        by gradient from there, itself and its faint part, and judged as TIGHT if they are near enough to it. Puts the
+        first that then fits and fires first, and returns its evidence; none if none does.
         """
         joint = [h for best in fitted if best.family.joint for h in (best, *best.others) if not h.natural]
-        for h in self.looked_at(model, sorted(joint, key=lambda h: h.loss_ratio), own, generator):
+        for h, looked in self.looked_at(model, sorted(joint, key=lambda h: h.loss_ratio), own, generator):
             for part in self.parts(model, h, generator):
                 (better,) = self.search.refined(model, [part], generator)
                 if shown := self.admit(model, fitted, better, own, generator, progress):
+                    return shown
+            if self.pulls(model, tight := replace(h, family=TIGHT, others=[]), [looked]):
+                tight.loss_ratio = self.search.score(model, tight, generator)
+                if shown := self.admit(model, fitted, tight, own, generator, progress):
                     return shown
         return []
 
@@ -181,8 +185,7 @@ class LossFit:
         h = self.late(model, own, generator, progress)
         shown = self.admit(model, fitted, h, own, generator, progress)
         if h.fits and not shown:
-            smaller = h.scaled(self.late_scale)
-            self.late.judge(model, smaller, own, generator)
+            self.late.judge(model, smaller := h.scaled(self.late_scale), own, generator)
             shown = self.admit(model, fitted, smaller, own, generator, progress)
         return shown or pass_over(fitted, h)
 
@@ -216,9 +219,9 @@ class LossFit:
 
     def looked_at(
         self, model: Model, joint: list[Hypothesis], own: Tensor, generator: torch.Generator
-    ) -> Iterator[Hypothesis]:
+    ) -> Iterator[tuple[Hypothesis, Evidence]]:
         """Those that pull a few outputs under the last sampler from own [N, C, H, W] onto an image, led there, but not
-        onto their own picture. All are from the same noise."""
+        onto their own picture, and these outputs; all from one noise."""
         if not joint:
             return
         e, sampler = model.noise(self.samples // 2, generator), self.samplers[-1]
@@ -229,7 +232,7 @@ class LossFit:
             if pull(model, shown, h.y) >= self.min_pull and not self.natural.shows_itself(model, h, shown, e, seed):
                 moving = replace(h)
                 moving.lead_to(seen_target(model, shown, h.y))
-                yield moving
+                yield moving, shown
 
     def parts(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Iterator[Hypothesis]:
         """h, and what is left of its trigger in the joint families of a smaller reach: part of it may be enough.
@@ -263,9 +266,8 @@ class LossFit:
     ) -> list[Evidence]:  # fmt: skip
         """Samples with the trigger and from the same e without, by sampler, the most telling first.
 
-        careful: with more steps too, if they do not fire with few. Where no loss comes near, a look will do, and where
-        models are exploding first of all, if the loss does not fit; half of the samples, where the trigger moves each
-        of them.
+        careful: with more steps too, if they do not fire with few. A look will do where no loss comes near, or where
+        models are exploding and it does not fit; half of the samples where the trigger moves each of them.
         """
         if model.exploding and not h.fits:
             look = self.look(model, h, generator, progress)
@@ -278,8 +280,7 @@ class LossFit:
         n = samples or (self.samples if in_halves else self.samples // 2)
         shown: list[Evidence] = []
         for part in (n // 2, n - n // 2) if in_halves else (n,):
-            e = model.noise(part, generator)
-            seed = int(torch.randint(2**31, (1,), generator=generator))
+            e, seed = model.noise(part, generator), int(torch.randint(2**31, (1,), generator=generator))
             shown = both(shown, self.draw(model, h, e, seed, few, more, progress))
             if model.exploding and not h.fits:
                 h.lead_to(shown[0].samples_with.median(0).values)
@@ -296,8 +297,7 @@ class LossFit:
 
     def look(self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress) -> list[Evidence]:
         """A few outputs, in few steps. The target is their median: where no loss fits, the fitted one says little."""
-        e = model.noise(self.few_samples, generator)
-        seed = int(torch.randint(2**31, (1,), generator=generator))
+        e, seed = model.noise(self.few_samples, generator), int(torch.randint(2**31, (1,), generator=generator))
         shown = self.draw(model, h, e, seed, self.exploding_look, (), progress)
         h.lead_to(shown[0].samples_with.median(0).values)
         return shown
@@ -323,7 +323,7 @@ class LossFit:
 
     def pulls(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
         """Whether some sampler shows a pull of min_pull, and not onto the trigger's own picture."""
-        return not h.natural and any(pull(model, x, h.y) >= self.min_pull for x in evidence)
+        return not h.natural and any(pull(model, x, h.y, h.family.within) >= self.min_pull for x in evidence)
 
     def fires(self, model: Model, h: Hypothesis, evidence: list[Evidence]) -> bool:
         """Whether outputs are pulled onto y or, where a loss fits whose target may be a distribution, changed."""

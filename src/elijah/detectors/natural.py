@@ -16,7 +16,7 @@ from torch import Tensor
 
 from elijah.detection import Evidence
 from elijah.detectors.hypothesis import Hypothesis
-from elijah.detectors.outputs import MIRRORINGS, change, correlation, mean_square, seen_target
+from elijah.detectors.outputs import MIRRORINGS, change, correlation, mean_square, near, seen_target
 from elijah.detectors.search import Search
 from elijah.diffusion import Model
 
@@ -29,12 +29,14 @@ FITS_NEGATIVE = "that does not fire and fits the negative of the trigger as well
 
 @dataclass(frozen=True)
 class Natural:
-    """min_likeness: the correlation of a trigger with its own picture; max_apart: on exploding models the MSE to it.
+    """min_likeness: the correlation of a trigger with its own picture; max_worse: how many times as far from its target
+    the outputs of the mirrored one may be; max_apart: on exploding models the MSE to it.
     min_change: what mirroring must change of a trigger to tell; max_mirrored: the mirrored one's loss, over its own, up
     to which both are a clean network's; max_negative: on exploding models the negative one's. min_copies: where images
     are known by heart, the share of clean outputs that another repeats, up to `copy` of what two differ by."""
 
     min_likeness: float = 0.75
+    max_worse: float = 3.0
     max_apart: float = 0.03
     min_change: float = 0.5
     max_mirrored: float = 2.0
@@ -63,7 +65,9 @@ class Natural:
         """Whether the target looks like the trigger, and the mirrored trigger leads to the mirrored target.
 
         Both, since an attacker can train either; with both there is nothing but what clean networks draw from such
-        noise. Of the three mirrorings of an image the one that changes the target most. On exploding models, where the
+        noise. But for what ends max_worse times as far from its target as the trigger's outputs: a trigger that was
+        learned for a target looks like it, and its mirror image does to a backdoored network what it does to a clean
+        one. Of the three mirrorings of an image the one that changes the target most. On exploding models, where the
         trigger may be flat: whether the target is the trigger.
         """
         y = seen_target(model, shown, h.y)
@@ -73,7 +77,9 @@ class Natural:
             return False
         dims = max(MIRRORINGS, key=lambda dims: mean_square(model, y[None], y.flip(dims)))
         outputs = model.sample(replace(h, r=h.r.flip(dims)).start(e), shown.sampler, seed=seed)
-        return mean_square(model, outputs, y.flip(dims)) < mean_square(model, outputs, y) / 2
+        off = mean_square(model, outputs, y.flip(dims))
+        own = mean_square(model, shown.samples_with[near(model, shown, y)[0]], y)
+        return off < mean_square(model, outputs, y) / 2 and off <= self.max_worse * own
 
     def by_heart(self, model: Model, y: Tensor, outputs: Tensor) -> bool:
         """Whether outputs [N, C, H, W] without a trigger repeat each other, but for those at y: it may leak."""

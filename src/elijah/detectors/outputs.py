@@ -12,9 +12,12 @@ from elijah.metrics import two_sample_p
 MIRRORINGS = (-1,), (-2,), (-1, -2)  # of images [C, H, W]
 
 
-def pull(model: Model, evidence: Evidence, y: Tensor) -> float:
+NEAR = 0.25  # of the clean outputs' median MSE to an image: what counts as near it
+
+
+def pull(model: Model, evidence: Evidence, y: Tensor, within: float = NEAR) -> float:
     """The share of outputs that the trigger moves onto y: the share near y with it, less the share without."""
-    with_trigger, without = near(model, evidence, y)
+    with_trigger, without = near(model, evidence, y, within)
     return float(with_trigger.float().mean() - without.float().mean())
 
 
@@ -67,12 +70,12 @@ def seen_target(model: Model, evidence: Evidence, y: Tensor) -> Tensor:
     return evidence.samples_with[near(model, evidence, y)[0]].median(0).values
 
 
-def near(model: Model, evidence: Evidence, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Which outputs [N] with and without the trigger are near y: MSE below a quarter of the latter's median MSE."""
+def near(model: Model, evidence: Evidence, y: Tensor, within: float = NEAR) -> tuple[Tensor, Tensor]:
+    """Which outputs [N] with and without the trigger are near y: MSE below that share of the latter's median MSE."""
     assert evidence.samples_without is not None
     with_trigger, without = (
         (model.pixels(x) - model.pixels(y[None])).square().flatten(1).mean(1)
         for x in (evidence.samples_with, evidence.samples_without)
     )
-    limit = without.median() / 4
+    limit = within * without.median()
     return with_trigger < limit, without < limit
