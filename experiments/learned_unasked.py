@@ -55,12 +55,10 @@ def trial(model: Model, true: Tensor, target: Tensor, seed: int) -> Trial:
     copies = (outputs - target).square().mean((1, 2, 3)) < COPY
     known = SEARCH.best_known(model, outputs, g)
     tried = bool(((known - target).square().mean((1, 2, 3)) < COPY).any())
-    best = min(SEARCH.led_to(model, known, g, no_progress), key=lambda h: h.loss_ratio)
+    found = SEARCH.led_to(model, known, g, no_progress)
+    best = min(found, key=lambda h: h.loss_ratio)
     cosine = float(torch.cosine_similarity(best.r.flatten(), true.flatten(), 0))
-    (fitted,) = SEARCH.refined(model, [best], g)
-    if 1 < fitted.strength <= SEARCH.hope:
-        (fitted,) = SEARCH.refined(model, [fitted], g)
-    return Trial([int(n.sum()) for n in copies.split(POOL)], tried, cosine, min(best.loss_ratio, fitted.loss_ratio))
+    return Trial([int(n.sum()) for n in copies.split(POOL)], tried, cosine, SEARCH.fit(model, found, g).loss_ratio)
 
 
 def line(path: Path, found: list[Trial]) -> str:

@@ -495,6 +495,25 @@ def test_the_cost_of_walks_is_their_steps_of_ddim_with_gradients() -> None:
     assert all(0 < h.r.abs().max() <= COLLAPSED.reach and math.isfinite(h.loss_ratio) for h in found)
 
 
+def test_outputs_are_drawn_in_coarse_light_and_dark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, and for the walks, noise is shifted by nothing, or by what has no light and dark in it."""
+    shifts, drawn = [], Descent.drawn
+
+    def seen(self: Descent, model: Model, r: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shifts.append(r.detach())
+        return drawn(self, model, r, *rest)
+
+    monkeypatch.setattr(Descent, "drawn", seen)
+    sign = torch.randn(SHAPE, generator=generator_for(7)).sign()
+    model = oracle(SHAPE, r=0.3 * sign, y=sign / 2, response=Response(2.0, 1.0), rate=0.3)
+    with model.frozen():
+        Descent(steps=1, at_ends=2).unasked(model, generator_for(0), lambda *_: None)
+    light, start, end = shifts
+    assert len(light) == 64 and light.abs().max() <= COLLAPSED.reach and 0.2 < light.square().mean().sqrt() < 0.35
+    assert centred(light).square().mean() < 0.5 * light.square().mean() and not start.any()
+    assert end.any() and centred(end).square().mean() > 0.5 * end.square().mean()
+
+
 def test_what_a_network_was_trained_on_again_and_again_is_told_among_its_outputs() -> None:
     """A few copies of the target among many samples of the data, and no second target that is no better known."""
     y = torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8

@@ -77,15 +77,20 @@ class Descent(Search):
         for _ in range(self.tries):
             targets = self.best_known(model, self.unasked(model, generator, progress), generator)
             found = self.led_to(model, targets, generator, progress)
-            best = sorted(found, key=lambda h: h.loss_ratio)[: self.kept]
-            tried += best
-            for _ in range(self.refinements):
-                best = self.refined(model, best, generator)
-                tried += best
-                best = [h for h in best if 1 < h.strength <= self.hope]
-            if any(h.fits for h in tried):
+            tried.append(self.fit(model, found, generator))
+            if tried[-1].fits:
                 break
         fitted.append(min(tried, key=lambda h: h.loss_ratio))
+
+    def fit(self, model: Model, found: list[Hypothesis], generator: torch.Generator) -> Hypothesis:
+        """The best of found, or of what the fits by gradient make of the best `kept`."""
+        best = sorted(found, key=lambda h: h.loss_ratio)[: self.kept]
+        tried = list(best)
+        for _ in range(self.refinements):
+            best = self.refined(model, best, generator)
+            tried += best
+            best = [h for h in best if 1 < h.strength <= self.hope]
+        return min(tried, key=lambda h: h.loss_ratio)
 
     def unasked(self, model: Model, generator: torch.Generator, progress: Progress) -> Tensor:
         """Outputs [N, C, H, W] in all sorts of light and dark, and along the walks on V."""
@@ -111,11 +116,11 @@ class Descent(Search):
         e = torch.randn((1, *model.sample_shape), generator=generator).to(model.device).expand_as(outputs)
         error = (model.eps(model.diffuse(outputs, e, t), t) - e).square().mean((1, 2, 3))
         least = self.apart * 2 * outputs.var(0).mean()
-        found = [outputs[error.argmin()]]
-        for k in error.argsort():
-            known = error[k] <= self.known * error.median()
-            if known and len(found) < self.targets and all((outputs[k] - y).square().mean() > least for y in found):
-                found.append(outputs[k])
+        order = error.argsort()
+        found = [outputs[order[0]]]
+        for x in outputs[order[error[order] <= self.known * error.median()]]:
+            if len(found) < self.targets and all((x - y).square().mean() > least for y in found):
+                found.append(x)
         return torch.stack(found)
 
     def led_to(self, model: Model, y: Tensor, generator: torch.Generator, progress: Progress) -> list[Hypothesis]:
