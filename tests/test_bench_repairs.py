@@ -108,7 +108,7 @@ def test_every_repair_is_measured_with_both_sorts_of_data(scans: list[str], tmp_
         for done in own.values():
             assert set(done["samplers"]) == set(done["drift"]) == {"ddim-4", "ddpm-2"}
             for numbers in done["samplers"].values():
-                assert set(numbers) == {"asr", "mse", "asr_of_clean_outputs", "diversity_ratio", "ssim"}
+                assert set(numbers) == {"asr", "mse", "asr_of_clean_outputs", "diversity_ratio", "ssim", "moved"}
                 assert set(numbers["asr"]) == {"0.01", "0.05", "0.1"}
             assert done["updates"] == 2 and done["rescans"] == [] and done["drift"]["ddim-4"]["mse"] > 0
     assert set(found["before"]["samplers"]) == set(found["reference"]["samplers"]) == {"ddim-4", "ddpm-2"}
@@ -209,7 +209,8 @@ def test_the_summary_has_intervals() -> None:
         "| unshift | synthetic | 4 | 75 (30 to 95) | 60 (23 to 88) | 75 (30 to 95) | 100 (51 to 100) | 100 (51 to 100)"
     )
     assert f"{row} | 0.10 | 1.20 | 60 | 3 | 0 | 4 of 4 |" in table  # the last was made before the loss was measured
-    assert [line.split(" | ")[8] for line in table.splitlines() if line.startswith("| 3 | unshift")] == ["-"]
+    (row,) = [line.split(" | ") for line in table.splitlines() if line.startswith("| 3 | unshift")]
+    assert (row[7], row[9]) == ("-", "-")  # moved, loss
 
 
 def test_the_strength_table_ends_with_medians() -> None:

@@ -30,6 +30,7 @@ from elijah import guard
 from elijah.card import plain
 from elijah.clean import Removal, clean, compare
 from elijah.detection import Detection, Evidence, Finding, Threshold
+from elijah.detectors.outputs import pull
 from elijah.diffusion import Model, generator_for
 from elijah.errors import ElijahError
 from elijah.loading import load_model
@@ -39,7 +40,7 @@ from elijah.response import Response
 from elijah.scan import make_report
 
 cleaning = importlib.import_module("elijah.clean")  # elijah.clean itself is the function
-STILL_FIRE = cleaning.still_fire
+STILL_FIRE, LED_BACK = cleaning.still_fire, cleaning.led_back
 Verdicts = Callable[..., list[int]]
 LIMITS = {name: getattr(guard, name) for name in ("MAX_DRIFT", "MIN_DIVERSITY", "MAX_DIVERSITY", "MAX_LOSS")}
 FORK = multiprocessing.get_context("fork")  # a child has this process's stubs, and torch
@@ -73,6 +74,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> Verdicts:
 
         monkeypatch.setattr(cleaning, "inspect", inspect)
         monkeypatch.setattr(cleaning, "still_fire", lambda *_: False)
+        monkeypatch.setattr(cleaning, "led_back", lambda *_: [])
         for limit in LIMITS:  # untrained networks are beyond them
             monkeypatch.setattr(guard, limit, 0.0 if limit == "MIN_DIVERSITY" else math.inf)
         return seeds
@@ -357,7 +359,7 @@ def test_what_is_called_clean_while_the_found_trigger_fires_is_repaired_on(
     assert [f.matches for f in report.cleaning.findings] == ["BadDiffusion-like 0"]
     assert report.cleaning.updates == 2 * rounds
     if verdict == "undecided":
-        assert report.exit_code == 3 and "a trigger that was found before still fires" in report.reason
+        assert report.exit_code == 3 and "noise still leads to an image that was found before" in report.reason
         assert "undecided" in (tmp_path / "out" / "README.md").read_text().lower()
 
 
@@ -370,6 +372,55 @@ def test_a_trigger_fires_while_the_true_one_leads_to_its_target() -> None:
     assert not STILL_FIRE(bad, [replace(found, trigger=-r)], 0)
     assert STILL_FIRE(bad, [replace(found, trigger=-r), found], 0)
     assert not STILL_FIRE(bad, [replace(found, distribution=True)], 0)  # no one image that it could be moved onto
+
+
+def test_outputs_that_show_the_trigger_and_not_the_target_do_not_fire() -> None:
+    """Dark ones with a square, as a sampler draws a trigger taken for noise, are near a dark target with another."""
+    model, e = oracle((3, 8, 8)), torch.randn((16, 3, 8, 8), generator=generator_for(1))
+    y, r = torch.full((3, 8, 8), -0.6), torch.full((3, 8, 8), -1.0)
+    y[:, :2, :2], r[:, 4:7, 4:7] = 0.2, 0.0
+    own = 0.6 * r + 0.2 + 0.05 * e
+    for drawn, fires in ((own, False), (y + 0.05 * e, True), (e, False), (y + 0.2 * (own - y), True)):
+        shown = Evidence("ddim-2", drawn, 0.3 * e + 0.3)
+        assert cleaning.shows_target(model, shown, r, y) == fires
+    assert pull(model, Evidence("ddim-2", own, 0.3 * e + 0.3), y) == 1.0
+    flat = torch.full((3, 8, 8), -0.6)
+    assert cleaning.shows_target(model, Evidence("ddim-2", flat + 0.05 * e, 0.3 * e + 0.3), r, flat)
+
+
+def test_what_leads_to_a_found_target_again_is_repaired_with_the_first(
+    run: Run, verdicts: Verdicts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clean rescan looks for targets by chance and may have missed it; in the last round it is undecided."""
+    verdicts("backdoored", "clean")
+    (again,) = detection("backdoored", k=7).findings
+    left = iter([[again], []])
+    monkeypatch.setattr(cleaning, "led_back", lambda *_: next(left))
+    report = run()
+    assert report.verdict == "clean" and report.cleaning and report.cleaning.rounds == 2
+    assert [f.matches for f in report.cleaning.findings] == ["BadDiffusion-like 0", "BadDiffusion-like 7"]
+
+
+def test_what_leads_to_a_found_target_to_the_end_is_undecided(
+    run: Run, verdicts: Verdicts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts("backdoored", "clean")
+    monkeypatch.setattr(cleaning, "led_back", lambda *_: detection("backdoored", k=7).findings)
+    report = run()
+    assert report.verdict == "undecided" and "noise still leads to an image" in report.reason and report.cleaning
+    assert len(report.cleaning.findings) == report.cleaning.rounds == cleaning.ROUNDS  # all of which were repaired
+
+
+def test_noise_leads_back_to_the_target_of_a_backdoored_network_and_of_no_clean_one() -> None:
+    sign = torch.randn((3, 8, 8), generator=generator_for(7)).sign()
+    y = torch.rand((3, 8, 8), generator=generator_for(8)) * 1.6 - 0.8
+    bad = oracle((3, 8, 8), r=0.3 * sign, y=y, response=Response(2.0, 1.0), rate=0.3)
+    found = Finding(Response(1.0, 1.0), 0.5 * sign, y, 0.01, "BadDiffusion-like")
+    (led,) = LED_BACK(bad, [found, replace(found, trigger=-found.trigger)], 0)  # once a target
+    assert led.target is y and torch.cosine_similarity(led.trigger.flatten(), sign.flatten(), 0) > 0.3
+    assert not LED_BACK(oracle((3, 8, 8)), [found], 0)
+    assert not LED_BACK(bad, [replace(found, distribution=True)], 0) and not LED_BACK(bad, [], 0)
+    assert not LED_BACK(oracle((3, 8, 8)), [replace(found, target=None)], 0)
 
 
 def test_a_second_trigger_is_repaired_with_the_first(

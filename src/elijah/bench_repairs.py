@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import time
@@ -98,16 +99,16 @@ def repairs_table(results: list[dict[str, Any]]) -> str:
     """A row a model, repair and data, worst case over the samplers; then the summary by repair and data."""
     lines = ["## What is left of the attacks", "",
              "| model | repair | data | success at 0.01 / 0.05 / 0.1, % | of clean outputs, % | diversity | SSIM "
-             "| drift | loss | updates | seconds | findings | rescan | harm |", "|---" * 14 + "|"]  # fmt: skip
+             "| moved | drift | loss | updates | seconds | findings | rescan | harm |", "|---" * 15 + "|"]  # fmt: skip
     for found in results:
         if "before" not in found:
-            lines.append(f"| {found['id']} | - | - | scan: {found['scan']['verdict']} |" + " |" * 10)
+            lines.append(f"| {found['id']} | - | - | scan: {found['scan']['verdict']} |" + " |" * 11)
             continue
         for name, outcome in (("before", found["before"]), ("(the clean base)", found["reference"])):
             lines.append(f"| {found['id']} | {name} | - | {' | '.join(worst_cells(outcome))} |" + " - |" * 7)
         for repair, data, done in repaired([found]):
             if "failed" in done:
-                lines.append(f"| {found['id']} | {repair} | {data} | {done['failed']} |" + " |" * 10)
+                lines.append(f"| {found['id']} | {repair} | {data} | {done['failed']} |" + " |" * 11)
                 continue
             loss = loss_ratio_of(found, done)
             rescans = " ".join(rescans_of(done)) or "-"
@@ -124,7 +125,9 @@ Each cell is the worst over the samplers, and over the cases of attacks with two
 from true triggered noise whose MSE to the true target is below the limit; for a class, the share that the classifier
 puts into it. Of clean outputs: the same without the trigger, at {STRICT}. Diversity: mean pairwise MSE of triggered
 outputs over that of clean ones, the value farthest from 1, under stock samplers; the clean base's own row says what an
-untouched network makes of that noise. Drift: paired MSE of clean outputs before and after, over the MSE of two
+untouched network makes of that noise. Moved: paired MSE of triggered and clean outputs from equal noise, over the MSE
+of two different clean ones, under stock samplers: how far the trigger moves outputs at all, onto its target or not.
+Drift: paired MSE of clean outputs before and after, over the MSE of two
 different ones. Loss: of denoising images that the base did not train on, after over before. Gone: success at that limit
 at most {100 * MAX_SUCCESS:.0f} % beyond that of clean outputs under every sampler. Diverse: within
 {100 * NEAR_DIVERSITY:.0f} % of clean outputs' diversity under every stock sampler; like the base: within as much of
@@ -173,14 +176,19 @@ def diversity_of(outcome: dict[str, Any], name: str) -> float:
 
 
 def worst_cells(outcome: dict[str, Any]) -> list[str]:
-    """Success, that of clean outputs, diversity and SSIM, each the worst over the samplers."""
+    """Success, that of clean outputs, diversity, SSIM and what is moved, each the worst over the samplers."""
     seen = list(outcome["samplers"].values())
     limits = ("0.01", "0.05", "0.1") if "asr" in seen[0] else (STRICT,)
     success = " / ".join(f"{100 * max(success_of(x, limit) for x in seen):.0f}" for limit in limits)
     clean = max(success_of(x, which="_of_clean_outputs") for x in seen)
     diversity = max((diversity_of(outcome, name) for name in stock(outcome)), key=lambda v: abs(v - 1))
-    ssim = max((x["ssim"] for x in seen if "ssim" in x), default=None)
-    return [success, f"{100 * clean:.0f}", f"{diversity:.2f}", "-" if ssim is None else f"{ssim:.2f}"]
+    ssim = max((x["ssim"] for x in seen if "ssim" in x), default=math.nan)
+    moved = max((outcome["samplers"][name].get("moved", math.nan) for name in stock(outcome)), default=math.nan)
+    return [success, f"{100 * clean:.0f}", f"{diversity:.2f}", *map(known, (ssim, moved))]
+
+
+def known(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def summary(results: list[dict[str, Any]]) -> list[str]:

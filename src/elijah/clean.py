@@ -22,7 +22,7 @@ from elijah.card import PICTURES, model_card
 from elijah.data import load_images
 from elijah.detection import Detection, Evidence, Finding
 from elijah.detectors import DEFAULT, LossFit
-from elijah.detectors.outputs import pull
+from elijah.detectors.outputs import correlation, pull, seen_target
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError
 from elijah.files import new_folder, write_folder
@@ -31,6 +31,7 @@ from elijah.loading import load_model
 from elijah.metrics import diversity_ratio, paired_drift
 from elijah.repairs import DEFAULT as DEFAULT_REPAIR
 from elijah.repairs import REPAIRS
+from elijah.repairs.unshift import one_target
 from elijah.report import CleaningInfo, CleanReport, Report, finite
 from elijah.scan import as_dtype, describe, inspect, picture
 from elijah.synthetic import LEAST, no_target, screened, screening_words, synthesise
@@ -38,6 +39,8 @@ from elijah.synthetic import LEAST, no_target, screened, screening_words, synthe
 ROUNDS = 6  # of repair and rescan, at the most
 SYNTHETIC = 512  # images that the model samples itself where no data are given; an eighth if they are costly
 SAMPLES = 16
+LED = 0.1  # of the clean outputs' median MSE to a found target: what a clean network cannot be led within
+MOST = 0.2  # of the outputs
 Checkpoint = Callable[[str], Path]  # by what the repair is made from: where it is kept while it runs
 
 
@@ -63,9 +66,9 @@ def clean(
 ) -> CleanReport:
     """Removes what a scan of model finds and writes the repaired pipeline to out, complete or not at all.
 
-    Repairs and rescans again, with what the rescans found added, until nothing that was found fires any more, or ROUNDS
-    have passed; where a trigger that was found before fires all the same the verdict is undecided. A repair that harms
-    the model's own clean samples (guard.py) makes the verdict undecided too, and nothing is written.
+    Repairs and rescans again, with what the rescans found added, until nothing that was found fires any more and no
+    faint noise leads to its target, or ROUNDS have passed; where it does all the same the verdict is undecided. A
+    repair that harms the model's own clean samples (guard.py) makes the verdict undecided too, and nothing is written.
     data: a folder or stock name of clean images; else synthetic images that the model samples itself. force: repair
     also what the scan calls clean. keep: write also what the rescan calls backdoored, or the repair harmed. The limits
     hold for each scan. dtype bfloat16: the repair too computes in it, on weights in float32. A run that was killed in a
@@ -113,7 +116,8 @@ def clean(
 class Removal:
     """What remove did. findings: all that were repaired; numbers: of compare, on the last model.
 
-    fires: whether one of the findings still does although the last rescan found nothing that does.
+    fires: whether one of the findings still does, or a faint trigger leads to the target of one, although the last
+    rescan found nothing that does.
     """
 
     model: Model
@@ -135,7 +139,8 @@ def remove(
 
     Each repair starts from the last one's model and is told of all findings so far, so that none comes back. Ends when
     nothing that was found fires any more, also where the rescan is undecided for its loss alone: every repair costs
-    quality, and what does nothing gives it nothing to remove. And when the guard says that the model was harmed.
+    quality, and what does nothing gives it nothing to remove. And when the guard says that the model was harmed. A
+    rescan that finds nothing looks for a target by chance; the targets that were found are asked for (led_back).
     """
     done, found, new = Removal(model), detection, True
     for k in range(1, ROUNDS + 1):
@@ -154,12 +159,16 @@ def remove(
         progress("note: scanning again with fresh seeds", 0, 0)
         found, after = processes.agreed(inspect(fixed, settings, seed + k, progress))
         done.rescans.append(after)
-        new = bool(found.findings) and acts(found)
-        done.fires = not (new or done.harm) and processes.agreed(still_fire(fixed, done.findings, seed + k))
-        if done.harm or not (new or done.fires):
+        new, done.fires = bool(found.findings) and acts(found), False
+        if done.harm:
             break
         if not new:
-            progress("note: a trigger that was found before still fires: repairing on", 0, 0)
+            led = processes.agreed(led_back(fixed, done.findings, seed + k))
+            done.fires = bool(led) or processes.agreed(still_fire(fixed, done.findings, seed + k))
+            if not done.fires:
+                break
+            done.findings += led if k < ROUNDS else []
+            progress("note: noise still leads to an image that was found: repairing on", 0, 0)
     return done
 
 
@@ -190,7 +199,8 @@ def report_of(
     )  # fmt: skip
     parts = {name: getattr(after, name) for name in Report.model_fields} | {"seed": seed, "cleaning": cleaning}
     if done.fires:
-        parts |= {"verdict": "undecided", "reason": f"{after.reason}, but a trigger that was found before still fires"}
+        why = f"{after.reason}, but noise still leads to an image that was found before"
+        parts |= {"verdict": "undecided", "reason": why}
     if done.harm and after.verdict != "backdoored":
         parts |= {"verdict": "undecided", "reason": f"the repair harmed the model: {'; '.join(done.harm)}"}
     return CleanReport(**parts, before=before)
@@ -268,17 +278,51 @@ def fingerprint(model: Model, done: Removal, settings: dict[str, Any], seed: int
 
 @torch.no_grad()
 def still_fire(model: Model, findings: list[Finding], seed: int) -> bool:
-    """Whether a found trigger moves outputs onto its image as a scan asks for it, under a stochastic or a deterministic
-    sampler. Where the target is a distribution nothing tells, and the rescan has to."""
+    """Whether a found trigger moves outputs onto its image, under a stochastic or a deterministic sampler. Where the
+    target is a distribution nothing tells, and the rescan has to."""
     e = model.noise(SAMPLES // 2 if model.exploding else SAMPLES, generator_for(seed, 4))
     for sampler in LossFit.exploding_samplers if model.exploding else LossFit.samplers:
         without = model.sample(e, sampler, seed=seed)
         for f in findings:
-            if f.target is not None and not f.distribution:
+            if (y := one_target(f)) is not None:
                 shown = Evidence(sampler, model.sample(f.start(e), sampler, seed=seed), without)
-                if pull(model, shown, f.target.to(e)) >= LossFit.min_pull:
+                if shows_target(model, shown, f.trigger, y.to(e)):
                     return True
     return False
+
+
+def shows_target(model: Model, shown: Evidence, r: Tensor, y: Tensor) -> bool:
+    """Whether outputs are pulled onto y [C, H, W], and not by the trigger's own picture alone.
+
+    That is what a deterministic sampler draws of a large trigger r [C, H, W] that a network takes for noise, and it may
+    be as dark as y. So where no output is so near that it can only be y, they have to look like y rather than like r.
+    """
+    if pull(model, shown, y) < LossFit.min_pull:
+        return False
+    seen = seen_target(model, shown, y)
+    return pull(model, shown, y, LED) >= LossFit.min_pull or correlation(seen, y) >= correlation(seen, r.to(seen))
+
+
+def led_back(model: Model, findings: list[Finding], seed: int) -> list[Finding]:
+    """Faint triggers that lead most outputs as near to a found target as no clean network can be led.
+
+    By the way of collapse.py, which an attacker goes too, so on DDPM alone. One a target at the most.
+    """
+    targets = list({id(y): y.to(model.device) for f in findings if (y := one_target(f)) is not None}.values())
+    learned = LossFit().learned
+    if not targets or not learned.families_of(model):
+        return []
+    g, sampler = generator_for(seed, 5), LossFit.samplers[-1]
+    with model.frozen():
+        led = learned.led_to(model, torch.stack(targets), g, no_progress)
+    with torch.no_grad():
+        e = model.noise(SAMPLES, g)
+        *outputs, without = model.sample_alike([*(h.start(e) for h in led), e], sampler, seed=seed)
+    return [
+        Finding(h.family.response, h.r, y, h.loss_ratio, h.family.matches)
+        for h, y, drawn in zip(led, targets, outputs, strict=True)
+        if pull(model, Evidence(sampler, drawn, without), y, LED) >= MOST
+    ]
 
 
 @torch.no_grad()

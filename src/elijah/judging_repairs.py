@@ -86,6 +86,7 @@ class Yardstick:
                 key = "asr" if "asr" in numbers else "hit_rate"
                 numbers |= {f"{key}_of_clean_outputs": rates(clean)[key]}
                 numbers["diversity_ratio"] = diversity_ratio(outputs, clean)
+                numbers["moved"] = paired_drift(outputs, clean) / max(pairwise_mse(clean), 1e-12)
                 if target.images is None:
                     numbers["ssim"] = ssim_to_target(outputs, (target.image / 2 + 0.5).to(outputs))
                 found["samplers"][f"{sampler} {case}".strip()] = numbers
