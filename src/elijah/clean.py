@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from elijah.card import PICTURES, model_card
 from elijah.data import load_images
 from elijah.detection import Detection, Evidence, Finding
 from elijah.detectors import DEFAULT, LossFit
+from elijah.detectors.hypothesis import Hypothesis
 from elijah.detectors.outputs import correlation, pull, seen_target
 from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.errors import ElijahError
@@ -40,7 +41,8 @@ ROUNDS = 6  # of repair and rescan, at the most
 SYNTHETIC = 512  # images that the model samples itself where no data are given; an eighth if they are costly
 SAMPLES = 16
 LED = 0.1  # of the clean outputs' median MSE to a found target: what a clean network cannot be led within
-MOST = 0.2  # of the outputs
+MOST = 0.1  # of the outputs, from where on a repaired model is repaired again
+LEADING = replace(LossFit().learned, lead_steps=12, lead_rows=8)  # once, so with more care than in a scan
 Checkpoint = Callable[[str], Path]  # by what the repair is made from: where it is kept while it runs
 
 
@@ -304,24 +306,28 @@ def shows_target(model: Model, shown: Evidence, r: Tensor, y: Tensor) -> bool:
 
 
 def led_back(model: Model, findings: list[Finding], seed: int) -> list[Finding]:
-    """Faint triggers that lead most outputs as near to a found target as no clean network can be led.
-
-    By the way of collapse.py, which an attacker goes too, so on DDPM alone. One a target at the most.
-    """
+    """Faint triggers that lead outputs as near to a found target as no clean network can be led, one a target."""
     targets = list({id(y): y.to(model.device) for f in findings if (y := one_target(f)) is not None}.values())
-    learned = LossFit().learned
-    if not targets or not learned.families_of(model):
+    if not targets or not LEADING.families_of(model):
         return []
+    return [
+        Finding(h.family.response, h.r, y, h.loss_ratio, h.family.matches)
+        for y, (h, share) in zip(targets, lead(model, targets, seed), strict=True) if share >= MOST
+    ]  # fmt: skip
+
+
+def lead(model: Model, targets: list[Tensor], seed: int) -> list[tuple[Hypothesis, float]]:
+    """For each target [C, H, W] the faint trigger that collapse.py comes to, which is an attacker's way too, and the
+    share of outputs that it pulls within LED of the target."""
     g, sampler = generator_for(seed, 5), LossFit.samplers[-1]
     with model.frozen():
-        led = learned.led_to(model, torch.stack(targets), g, no_progress)
+        led = LEADING.led_to(model, torch.stack(targets), g, no_progress)
     with torch.no_grad():
         e = model.noise(SAMPLES, g)
         *outputs, without = model.sample_alike([*(h.start(e) for h in led), e], sampler, seed=seed)
     return [
-        Finding(h.family.response, h.r, y, h.loss_ratio, h.family.matches)
+        (h, pull(model, Evidence(sampler, drawn, without), y, LED))
         for h, y, drawn in zip(led, targets, outputs, strict=True)
-        if pull(model, Evidence(sampler, drawn, without), y, LED) >= MOST
     ]
 
 
