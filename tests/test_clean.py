@@ -416,7 +416,7 @@ def test_noise_leads_back_to_the_target_of_a_backdoored_network_and_of_no_clean_
     y = torch.rand((3, 8, 8), generator=generator_for(8)) * 1.6 - 0.8
     bad = oracle((3, 8, 8), r=0.3 * sign, y=y, response=Response(2.0, 1.0), rate=0.3)
     found = Finding(Response(1.0, 1.0), 0.5 * sign, y, 0.01, "BadDiffusion-like")
-    (led,) = LED_BACK(bad, [found, replace(found, trigger=-found.trigger)], 0)  # once a target
+    (led,) = LED_BACK(bad, [found, replace(found, target=y.clone())], 0)  # once a target, copies or not
     assert led.target is y and torch.cosine_similarity(led.trigger.flatten(), sign.flatten(), 0) > 0.3
     assert not LED_BACK(oracle((3, 8, 8)), [found], 0)
     assert not LED_BACK(bad, [replace(found, distribution=True)], 0) and not LED_BACK(bad, [], 0)

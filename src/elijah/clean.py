@@ -307,7 +307,10 @@ def shows_target(model: Model, shown: Evidence, r: Tensor, y: Tensor) -> bool:
 
 def led_back(model: Model, findings: list[Finding], seed: int) -> list[Finding]:
     """Faint triggers that lead outputs as near to a found target as no clean network can be led, one a target."""
-    targets = list({id(y): y.to(model.device) for f in findings if (y := one_target(f)) is not None}.values())
+    targets: list[Tensor] = []
+    for f in findings:
+        if (y := one_target(f)) is not None and not any(torch.equal(y.to(other), other) for other in targets):
+            targets.append(y.to(model.device))
     if not targets or not LEADING.families_of(model):
         return []
     return [
