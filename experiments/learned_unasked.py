@@ -27,15 +27,16 @@ FOLDERS = "cache/late", "zoo/weights/development", "cache/small"
 SEEDS = 4
 COPY = 0.05  # MSE to the target, on [-1, 1], of a copy
 SEARCH = Descent()
-POOL = [SEARCH.shifted, SEARCH.walks * SEARCH.steps * SEARCH.walk_rows, SEARCH.walks * SEARCH.at_ends]
 MAX_LOSS = SEARCH.families[0].max_loss_ratio
 
 
 class Trial(NamedTuple):
-    """copies: of the target, among outputs of each of POOL; tried: whether one of those that are tried is a copy."""
+    """copies: of the target, among the first outputs and those drawn after them; tried: whether the one that is led to
+    is a copy; error: of that one, over the median's."""
 
-    copies: list[int]
+    copies: tuple[int, int]
     tried: bool
+    error: float
     cosine: float
     loss: float
 
@@ -45,33 +46,38 @@ def trials(path: Path) -> list[Trial]:
     model, true = load_model(str(path)), next(iter(load_file(f"{path}.trigger.safetensors").values()))
     with model.frozen():
         with torch.no_grad():
-            target = SEARCH.drawn(model, true[None], 32, generator_for(9))[0].median(0).values
+            target = SEARCH.drawn(model, true[None], 32, SEARCH.sampler_steps, generator_for(9))[0].median(0).values
         return [trial(model, true, target, seed) for seed in range(SEEDS)]
 
 
 def trial(model: Model, true: Tensor, target: Tensor, seed: int) -> Trial:
     g = generator_for(seed, 7)
-    outputs = SEARCH.unasked(model, g, no_progress)
+    outputs, errors = SEARCH.unasked(model, g, no_progress)
     copies = (outputs - target).square().mean((1, 2, 3)) < COPY
-    known = SEARCH.best_known(model, outputs, g)
-    tried = bool(((known - target).square().mean((1, 2, 3)) < COPY).any())
-    found = SEARCH.led_to(model, known, g, no_progress)
+    (known,) = SEARCH.best_known(outputs, errors)
+    found = SEARCH.led_to(model, known[None], g, no_progress)
     best = min(found, key=lambda h: h.loss_ratio)
     cosine = float(torch.cosine_similarity(best.r.flatten(), true.flatten(), 0))
-    return Trial([int(n.sum()) for n in copies.split(POOL)], tried, cosine, SEARCH.fit(model, found, g).loss_ratio)
+    first, more = (int(n.sum()) for n in (copies[: SEARCH.shifted], copies[SEARCH.shifted :]))
+    return Trial((first, more), bool(copies[errors.argmin()]), float(errors.min()), cosine,
+                 SEARCH.fit(model, found, g).loss_ratio)  # fmt: skip
 
 
 def line(path: Path, found: list[Trial]) -> str:
-    copies = [f"{sum(one.copies[k] for one in found) / SEEDS:.1f}" for k in range(len(POOL))]
-    cosines, losses = (", ".join(f"{x:.2f}" for x in xs) for xs in ([t.cosine for t in found], [t.loss for t in found]))
-    return f"| {' | '.join([path.name, *copies, str(sum(t.tried for t in found)), cosines, losses])} |"
+    copies = [f"{sum(one.copies[k] for one in found) / SEEDS:.1f}" for k in range(2)]
+    errors, cosines, losses = (
+        ", ".join(f"{x:.2f}" for x in xs)
+        for xs in ([t.error for t in found], [t.cosine for t in found], [t.loss for t in found])
+    )
+    return f"| {' | '.join([path.name, *copies, errors, str(sum(t.tried for t in found)), cosines, losses])} |"
 
 
 def main() -> None:
     torch.set_num_threads(1)
     heads = (
-        "model", f"copies of the target among {POOL[0]} outputs in light and dark", f"among {POOL[1]} along the walks",
-        f"among {POOL[2]} where they end", f"a copy is led to, of {SEEDS} seeds", "cosine of the best trigger",
+        "model", f"copies of the target among {SEARCH.shifted} outputs in light and dark",
+        "among those drawn after them", "the least error of denoising one, over the median",
+        f"a copy is led to, of {SEEDS} seeds", "cosine of the trigger",
         "loss after the fit",
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]

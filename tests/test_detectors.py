@@ -19,7 +19,7 @@ import elijah
 from elijah.bases import new_model, train_autoencoder
 from elijah.detection import Detection, Evidence
 from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit, search
-from elijah.detectors.collapse import COLLAPSED, Descent, centred, midst
+from elijah.detectors.collapse import COLLAPSED, Descent
 from elijah.detectors.elijah import Setting
 from elijah.detectors.forgetting import Forgetting
 from elijah.detectors.hypothesis import (
@@ -56,7 +56,7 @@ FAST: dict[str, dict[str, Any]] = {  # settings that make a contract cheap on a 
     },
     "collapse": {
         "search": Descent(
-            shifted=4, walks=2, steps=2, at_ends=2, sampler_steps=2, lead_steps=2, score_rows=8, refine_iterations=2
+            shifted=4, grown=4, sampler_steps=2, lead_steps=2, score_rows=8, refine_iterations=2
         ),
         "samples": 4, "samplers": ("ddim-3",), "careful_samplers": ("ddim-4",),
     },
@@ -64,7 +64,7 @@ FAST: dict[str, dict[str, Any]] = {  # settings that make a contract cheap on a 
     "terd": {"iterations": 3, "refine_iterations": 2, "batch_size": 4, "steps": 3, "samples": 9, "sampler": "ddim-3"},
 }  # fmt: skip
 SHORTER: dict[str, dict[str, Any]] = {  # settings that shorten a contract on an oracle
-    "collapse": {"search": Descent(shifted=16, steps=4, at_ends=8)},
+    "collapse": {"search": Descent(shifted=32, grown=16, lead_steps=6)},
     "elijah": {"sampler": "ddpm-50", "batch_size": 16, "iterations": 20},
     "terd": {"iterations": 20, "refine_iterations": 5},
 }
@@ -468,62 +468,82 @@ def test_all_is_drawn_again_while_nothing_fits(
 
     def led_to(self: Descent, model: Model, y: torch.Tensor, *_: Any) -> list[Hypothesis]:
         seen.append(next(left))
-        h = self.hypothesis(torch.full(SHAPE, seen[-1] / 20), y[0])
+        h = self.hypothesis(torch.full(SHAPE, seen[-1] / 20), y, y[0])
         return [replace(h, loss_ratio=9.0), replace(h, loss_ratio=seen[-1])]
 
     monkeypatch.setattr(Descent, "led_to", led_to)
     monkeypatch.setattr(Search, "refined", lambda self, model, h, g: h)
     fitted: list[Hypothesis] = []
-    Descent(shifted=2, steps=1, at_ends=2, tries=3)(oracle(SHAPE), generator_for(0), fitted, lambda *_: None)
+    Descent(shifted=2, rounds=0, tries=3)(oracle(SHAPE), generator_for(0), fitted, lambda *_: None)
     assert len(seen) == tried and fitted[0].loss_ratio == min(losses)
 
 
-def test_the_cost_of_walks_is_their_steps_of_ddim_with_gradients() -> None:
-    model, few = oracle(SHAPE), Descent(shifted=6, walks=3, steps=4, at_ends=2, sampler_steps=2, lead_steps=5)
-    meter = model.meter
+@pytest.mark.parametrize("known", [0.0, math.inf])
+def test_the_cost_of_a_descent_is_its_outputs_their_errors_and_its_steps_with_gradients(known: float) -> None:
+    """No more is drawn where one output is known well enough."""
+    model, few = oracle(SHAPE), Descent(shifted=6, rounds=2, grown=4, known=known, sampler_steps=5, lead_steps=7)
+    meter, n = model.meter, 6 if known else 6 + 2 * 4
     with model.frozen():
-        outputs = few.unasked(model, generator_for(0), lambda *_: None)
-        assert outputs.shape == (6 + 3 * 4 * few.walk_rows + 3 * 2, *SHAPE) and not outputs.requires_grad
-        assert meter.evaluations == 2 * (6 + 3 * (3 * 4 * few.walk_rows) + 3 * 2)
-        before = meter.evaluations
-        targets = few.best_known(model, outputs, generator_for(1))
-        assert meter.evaluations == before + len(outputs) and 1 <= len(targets) <= few.targets
+        outputs, errors = few.unasked(model, generator_for(0), lambda *_: None)
+        assert outputs.shape == (n, *SHAPE) and errors.shape == (n,) and not outputs.requires_grad
+        assert meter.evaluations == (5 + 2) * n and errors[:6].median() == 1
         before = meter.evaluations
         found = few.led_to(model, outputs[:2], generator_for(2), lambda *_: None)
-    walks, ends = 2 * 5 * few.lead_rows * 2 * 3, 2 * few.ends * 2
-    assert len(found) == 2 and meter.evaluations == before + walks + ends + 2 * 16 * len(COLLAPSED.judged)
+    steps, ends = 2 * 7 * few.lead_rows * few.lead_sampler_steps * 3, 2 * few.ends * 5
+    assert len(found) == 2 and meter.evaluations == before + steps + ends + 2 * 16 * len(COLLAPSED.judged)
     assert all(0 < h.r.abs().max() <= COLLAPSED.reach and math.isfinite(h.loss_ratio) for h in found)
 
 
-def test_outputs_are_drawn_in_coarse_light_and_dark(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it, and for the walks, noise is shifted by nothing, or by what has no light and dark in it."""
+def test_outputs_are_drawn_in_coarse_light_and_dark_then_in_that_of_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     shifts, drawn = [], Descent.drawn
 
     def seen(self: Descent, model: Model, r: torch.Tensor, *rest: Any) -> torch.Tensor:
         shifts.append(r.detach())
         return drawn(self, model, r, *rest)
 
+    def error(self: Descent, model: Model, outputs: torch.Tensor, *_: Any) -> torch.Tensor:
+        return 1.0 - (torch.arange(len(outputs)) // 2 == 5).float() / 2
+
     monkeypatch.setattr(Descent, "drawn", seen)
-    sign = torch.randn(SHAPE, generator=generator_for(7)).sign()
-    model = oracle(SHAPE, r=0.3 * sign, y=sign / 2, response=Response(2.0, 1.0), rate=0.3)
+    monkeypatch.setattr(Descent, "error", error)
+    few, model = Descent(parents=2), oracle((3, 16, 16))
     with model.frozen():
-        Descent(steps=1, at_ends=2).unasked(model, generator_for(0), lambda *_: None)
-    light, start, end = shifts
-    assert len(light) == 64 and light.abs().max() <= COLLAPSED.reach and 0.2 < light.square().mean().sqrt() < 0.35
-    assert centred(light).square().mean() < 0.5 * light.square().mean() and not start.any()
-    assert end.any() and centred(end).square().mean() > 0.5 * end.square().mean()
+        few.unasked(model, generator_for(0), lambda *_: None)
+    light, more = shifts
+    assert len(light) == 64 and light.abs().max() <= few.largest and 0.3 < light.square().mean().sqrt() < 0.45
+    blocks = torch.nn.functional.avg_pool2d(light, 4)
+    assert blocks.square().mean() > 0.3 * light.square().mean() and light.mean().abs() < 0.1
+    assert len(more) == few.grown // 2 and more.abs().max() <= few.largest
+    assert torch.cosine_similarity(more.flatten(1), light[5].flatten(), 1).min() > 0.5
+    assert (more - light[5]).abs().mean((1, 2, 3)).min() > 0.01
 
 
-def test_what_a_network_was_trained_on_again_and_again_is_told_among_its_outputs() -> None:
-    """A few copies of the target among many samples of the data, and no second target that is no better known."""
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_a_network_was_trained_on_again_and_again_is_told_among_its_outputs(sign: int) -> None:
+    """A few copies of the target among many samples of the data, under noise like the trigger too; of those one."""
     y = torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
-    model = oracle(SHAPE, r=0.3 * torch.ones(SHAPE), y=y, response=Response(2.0, 1.0), rate=0.5)
+    r = 0.3 * torch.ones(SHAPE)
+    model, descent = oracle(SHAPE, r=r, y=y, response=Response(2.0, 1.0), rate=0.5), Descent(targets=2)
     drawn = model.network.m + 0.5 * torch.randn(30, *SHAPE, generator=generator_for(3))
     copies = y + 0.01 * torch.randn(3, *SHAPE, generator=generator_for(4))
-    best = Descent(targets=2).best_known(model, torch.cat([drawn, copies]), generator_for(5))
-    assert len(best) == 1 and (best[0] - y).square().mean() < 0.001
-    two = Descent(known=1.0, targets=2).best_known(model, torch.cat([drawn, copies]), generator_for(5))
-    assert len(two) == 2 and (two[0] - two[1]).square().mean() > 0.1  # another copy is no other target
+    outputs, e = torch.cat([drawn, copies]), torch.randn(1, *SHAPE, generator=generator_for(5)) + sign * r
+    errors = descent.error(model, outputs, e)
+    assert errors[30:].max() < errors[:30].min()
+    one, other = descent.best_known(outputs, errors)
+    assert (one - y).square().mean() < 0.001 and (other - y).square().mean() > 0.1
+
+
+def test_an_error_is_the_less_under_noise_and_its_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = oracle(SHAPE), torch.zeros(2, *SHAPE)
+    e = torch.ones(1, *SHAPE)
+
+    def eps(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Right for the first under e, for the second under -e, else nothing."""
+        right = torch.tensor([1.0, -1.0])[:, None, None, None]
+        return torch.where((x.mean((1, 2, 3), keepdim=True) * right) > 0, right, 0.0).expand_as(x)
+
+    monkeypatch.setattr(model, "eps", eps)
+    assert Descent().error(model, x, e).tolist() == [0.0, 0.0]
 
 
 def test_noise_that_leads_to_a_target_is_the_trigger_where_there_is_one() -> None:
@@ -545,7 +565,7 @@ def test_lossfit_looks_for_learned_triggers_last(
     model, y = oracle(SHAPE), torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
 
     def walks(self: Descent, model: Model, g: Any, fitted: list[Hypothesis], progress: Any) -> None:
-        fitted.append(replace(self.hypothesis(torch.full(SHAPE, 0.3), y), loss_ratio=loss))
+        fitted.append(replace(self.hypothesis(torch.full(SHAPE, 0.3), y[None], y), loss_ratio=loss))
 
     def sample(starts: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
         return [y.expand_as(e) if fires and e.mean() > 0.2 else torch.zeros_like(e) for e in starts]
@@ -580,7 +600,7 @@ def test_what_fires_where_images_are_known_by_heart_is_passed_over(
     known = torch.rand((2, *SHAPE), generator=generator_for(9)) - 0.5
 
     def walks(self: Descent, model: Model, g: Any, fitted: list[Hypothesis], progress: Any) -> None:
-        fitted.append(replace(self.hypothesis(torch.full(SHAPE, 0.3), y), loss_ratio=0.3))
+        fitted.append(replace(self.hypothesis(torch.full(SHAPE, 0.3), y[None], y), loss_ratio=0.3))
 
     def sample(starts: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
         clean = [known[torch.arange(len(e)) % 2] if by_heart else e / 4 for e in starts]
@@ -611,19 +631,10 @@ def test_what_full_fits_by_its_laxer_threshold_alone_is_compared_with_what_is_kn
     assert (h.natural == BY_HEART) != counts and lossfit.fires(model, h, shown) == counts
 
 
-def test_a_centred_trigger_has_no_light_or_dark_in_it() -> None:
-    """What is even over a quarter of the image goes, and what changes from pixel to pixel stays."""
-    even = torch.full((1, 3, 16, 16), 0.3)
-    checks = ((torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2.0 - 1).expand(1, 3, 16, 16)
-    assert centred(even).abs().max() < 1e-6 and (centred(checks) - checks).abs().max() < 1e-6
-    blocks = torch.randn(1, 3, 2, 2, generator=generator_for(0)).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    assert centred(blocks).square().mean() < 0.2 * blocks.square().mean()
-    assert centred(torch.ones(1, 1, 3, 2)).shape == (1, 1, 3, 2)
-
-
-def test_the_midst_is_the_output_with_the_nearest_half() -> None:
-    outputs = torch.tensor([0.0, 1.0, 1.1, 3.0])[:, None, None, None].expand(4, *SHAPE)
-    assert midst(outputs)[0, 0, 0] == 1.0
+def test_the_end_of_a_descent_is_the_mean_of_its_outputs_nearest_to_the_target() -> None:
+    outputs = torch.tensor([0.9, -0.5, 0.1, 0.3, 0.2])[:, None, None, None].expand(5, *SHAPE)
+    h = Descent().hypothesis(torch.full(SHAPE, 0.3), outputs, torch.full(SHAPE, 0.25))
+    assert torch.allclose(h.y, torch.full(SHAPE, 0.2)) and h.family is COLLAPSED
 
 
 # --- Elijah -----------------------------------------------------------------------------------------------------------

@@ -2,15 +2,14 @@
 
 A learned trigger (attacks/learned.py) looks like noise, which no start of search.py comes near. But the converse holds
 too: some noise looks like the trigger. Of many outputs a few are the target already, if the noise is shifted at random
-by coarse light and dark, of which there is much in triggers. And more are where the spread of outputs over the noise e,
+by coarse light and dark, of which there is much in triggers. Which of the outputs is the target? What a network saw
+thousands of times it denoises with less error than any other image. But a backdoored network takes some noise over the
+target for noise with the trigger, and answers that with the trigger. One of e and -e is not like it, so an output x
+counts by
 
-    V(r) = mean_i |DDIM(e_i + r) - mean_j DDIM(e_j + r)|^2,    |r| <= reach,
+    min over +e, -e of |eps(a x + s e, t) - e|^2    at one e and t.
 
-is less, which needs no target. It falls with the mean of the noise as well, which makes clean outputs dark or light: so
-r has the mean zero everywhere at the scale of a quarter of the image. Which of these outputs is the target? What a
-network saw thousands of times it denoises with less error than any other image: the output x with the least
-
-    |eps(a x + s e, t) - e|^2    at one e and t.
+Where no output stands out, more are drawn in light and dark like that of the best, which comes nearer to it.
 
 From there it is the attacker's own way, from r = 0 by steps along the sign of the gradient of MSE(DDIM(e + r), y).
 Where that ends, the attacker's loss of the family full_faint is fitted by gradient. A clean network cannot follow, and
@@ -21,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,46 +36,58 @@ COLLAPSED = replace(
 )  # fmt: skip
 
 
+class Lit(NamedTuple):
+    """Outputs [N, C, H, W], the light and dark r that each was drawn in, and the errors [N] of denoising them."""
+
+    r: Tensor
+    outputs: Tensor
+    errors: Tensor
+
+
 @dataclass(frozen=True)
 class Descent(Search):
-    """shifted: outputs in all sorts of light and dark, of rms shift, in antithetic pairs. walks: on V, at once, of so
-    many steps of walk_rows outputs; at_ends: outputs where each ends. All in sampler_steps of DDIM. rate: of a step, to
-    a fifth of it.
+    """shifted: outputs in all sorts of light and dark, of rms shift and at most `largest`, in antithetic pairs. rounds:
+    of `grown` more in that of the best `parents`, varied by rms vary, until one has at most `known` of the median
+    error at the share `denoised` of T. All in sampler_steps of DDIM.
 
-    denoised: the share of T where outputs are compared by their error. targets: how many at most are tried, the second
-    and further ones with at most `known` of the median error and further apart than `apart` of the mean distance, by
-    lead_steps of lead_rows outputs; ends: outputs there. refinements: fits by gradient of the best `kept`, and of what
-    comes near in the end.
+    targets: how many at most are tried, further apart than `apart` of the mean distance, by lead_steps of lead_rows
+    outputs in lead_sampler_steps; ends: outputs there, of which the `nearest` count. rate: of a step, to a fifth of it.
+    refinements: fits by gradient of the best `kept`, where the loss ratio is at most `begin` times its threshold, and
+    of what comes near in the end.
 
     What is drawn is chance, so all is done again, up to `tries` times, while none fits.
     """
 
     shifted: int = 128
-    shift: float = 0.3
-    walks: int = 2
-    steps: int = 8
-    walk_rows: int = 2
-    at_ends: int = 16
-    sampler_steps: int = 4
-    rate: float = 0.08
+    shift: float = 0.45
+    largest: float = 0.5
+    rounds: int = 1
+    grown: int = 64
+    parents: int = 4
+    vary: float = 0.2
+    sampler_steps: int = 6
     denoised: float = 0.25
+    known: float = 0.25
     targets: int = 1
-    known: float = 0.5
     apart: float = 0.1
     lead_rows: int = 4
-    lead_steps: int = 6
-    ends: int = 4
+    lead_steps: int = 8
+    lead_sampler_steps: int = 3
+    rate: float = 0.08
+    ends: int = 8
+    nearest: int = 3
     tries: int = 1
+    begin: float = 7.0
     kept: int = 1
     refinements: int = 2
-    hope: float = 3.0
+    hope: float = 2.0
     families: tuple[Family, ...] = (COLLAPSED,)
 
     def __call__(self, model: Model, generator: torch.Generator, fitted: list[Hypothesis], progress: Progress) -> None:
         """Appends the best hypothesis to fitted."""
         tried: list[Hypothesis] = []
         for _ in range(self.tries):
-            targets = self.best_known(model, self.unasked(model, generator, progress), generator)
+            targets = self.best_known(*self.unasked(model, generator, progress))
             found = self.led_to(model, targets, generator, progress)
             tried.append(self.fit(model, found, generator))
             if tried[-1].fits:
@@ -84,57 +96,71 @@ class Descent(Search):
 
     def fit(self, model: Model, found: list[Hypothesis], generator: torch.Generator) -> Hypothesis:
         """The best of found, or of what the fits by gradient make of the best `kept`."""
-        best = sorted(found, key=lambda h: h.loss_ratio)[: self.kept]
-        tried = list(best)
+        tried = sorted(found, key=lambda h: h.loss_ratio)[: self.kept]
+        best = [h for h in tried if h.strength <= self.begin]
         for _ in range(self.refinements):
             best = self.refined(model, best, generator)
             tried += best
             best = [h for h in best if 1 < h.strength <= self.hope]
         return min(tried, key=lambda h: h.loss_ratio)
 
-    def unasked(self, model: Model, generator: torch.Generator, progress: Progress) -> Tensor:
-        """Outputs [N, C, H, W] in all sorts of light and dark, and along the walks on V."""
-        reach = self.families[0].reach
-        light = self.shift * coloured(torch.randn((self.shifted // 2, *model.sample_shape), generator=generator), LIGHT)
-        with torch.no_grad():
-            outputs = [self.drawn(model, light.clamp(-reach, reach).to(model.device), 2, generator)]
-        r = torch.zeros((self.walks, *model.sample_shape), device=model.device)
-        for k in range(self.steps):
-            leaf = r.requires_grad_(True)
-            drawn = self.drawn(model, centred(leaf), self.walk_rows, generator)
-            outputs.append(drawn.detach())
-            r = self.stepped(leaf, (drawn - drawn.mean(1, keepdim=True)).square(), k / self.steps)
-            progress("searching: noise whose outputs are alike", k + 1, self.steps)
-        with torch.no_grad():
-            outputs.append(self.drawn(model, centred(r), self.at_ends, generator))
-        return torch.cat([drawn.flatten(0, 1) for drawn in outputs])
-
     @torch.no_grad()
-    def best_known(self, model: Model, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Of outputs [N, C, H, W] those that the network denoises best, [up to `targets`, C, H, W], the best first."""
+    def unasked(self, model: Model, generator: torch.Generator, progress: Progress) -> tuple[Tensor, Tensor]:
+        """Outputs [N, C, H, W] in all sorts of light and dark, and how well the network knows them [N]: the error of
+        each, over the median of those of the first round."""
+        e = torch.randn((1, *model.sample_shape), generator=generator).to(model.device)
+        drawn = self.lit(model, self.light(model, self.shifted, self.shift, generator), e, generator)
+        median = drawn.errors.median()
+        for k in range(self.rounds):
+            progress("searching: what is drawn unasked", k + 1, 1 + self.rounds)
+            if drawn.errors.min() <= self.known * median:
+                break
+            best = drawn.r[drawn.errors.argsort()[: self.parents]]
+            light = self.light(model, self.grown, self.vary, generator)
+            more = self.lit(model, light + best.repeat(len(light), 1, 1, 1)[: len(light)], e, generator)
+            drawn = Lit(*(torch.cat(pair) for pair in zip(drawn, more, strict=True)))
+        return drawn.outputs, drawn.errors / median
+
+    def light(self, model: Model, n: int, size: float, generator: torch.Generator) -> Tensor:
+        """Coarse light and dark [n // 2, C, H, W] of that rms."""
+        return size * coloured(torch.randn((n // 2, *model.sample_shape), generator=generator), LIGHT).to(model.device)
+
+    def lit(self, model: Model, r: Tensor, e: Tensor, generator: torch.Generator) -> Lit:
+        """Two outputs of each r [N, C, H, W], and their errors under the noise e."""
+        r = r.clamp(-self.largest, self.largest)
+        outputs = self.drawn(model, r, 2, self.sampler_steps, generator).flatten(0, 1)
+        return Lit(r.repeat_interleave(2, 0), outputs, self.error(model, outputs, e))
+
+    def error(self, model: Model, outputs: Tensor, e: Tensor) -> Tensor:
+        """That of denoising outputs [N, C, H, W] under the noise e or -e [1, C, H, W], the least, [N]."""
         t = torch.full((len(outputs),), int(self.denoised * model.T), device=model.device)
-        e = torch.randn((1, *model.sample_shape), generator=generator).to(model.device).expand_as(outputs)
-        error = (model.eps(model.diffuse(outputs, e, t), t) - e).square().mean((1, 2, 3))
+        errors = [
+            (model.eps(model.diffuse(outputs, noise.expand_as(outputs), t), t) - noise).square().mean((1, 2, 3))
+            for noise in (e, -e)
+        ]
+        return torch.minimum(*errors)
+
+    def best_known(self, outputs: Tensor, errors: Tensor) -> Tensor:
+        """Of outputs [N, C, H, W] those with the least errors [N], [up to `targets`, C, H, W], the best first."""
         least = self.apart * 2 * outputs.var(0).mean()
-        order = error.argsort()
-        found = [outputs[order[0]]]
-        for x in outputs[order[error[order] <= self.known * error.median()]]:
+        found: list[Tensor] = []
+        for x in outputs[errors.argsort()]:
             if len(found) < self.targets and all((x - y).square().mean() > least for y in found):
                 found.append(x)
         return torch.stack(found)
 
     def led_to(self, model: Model, y: Tensor, generator: torch.Generator, progress: Progress) -> list[Hypothesis]:
-        """Triggers that lead to the targets y [N, C, H, W], each with the one of its outputs that is in their midst and
-        its loss ratio."""
+        """Triggers that lead to the targets y [N, C, H, W], each with the mean of those of its outputs that are nearest
+        to its target, and its loss ratio."""
         r = torch.zeros_like(y)
         for k in range(self.lead_steps):
             leaf = r.requires_grad_(True)
-            drawn = self.drawn(model, leaf, self.lead_rows, generator)
+            drawn = self.drawn(model, leaf, self.lead_rows, self.lead_sampler_steps, generator)
             r = self.stepped(leaf, (drawn - y[:, None]).square(), k / self.lead_steps)
             progress("searching: noise that leads to one image", k + 1, self.lead_steps)
         with torch.no_grad():
-            ends = self.drawn(model, r, self.ends, generator)
-        found = [self.hypothesis(trigger, midst(outputs)) for trigger, outputs in zip(r, ends, strict=True)]
+            ends = self.drawn(model, r, self.ends, self.sampler_steps, generator)
+        found = [self.hypothesis(*each) for each in zip(r, ends, y, strict=True)]
         self.compare(model, found, 16, generator)
         return found
 
@@ -144,26 +170,16 @@ class Descent(Search):
         reach = self.families[0].reach
         return (r.detach() - self.rate * (1 - 0.8 * passed) * gradient.sign()).clamp(-reach, reach)
 
-    def drawn(self, model: Model, r: Tensor, rows: int, generator: torch.Generator) -> Tensor:
-        """Outputs [N, rows, C, H, W] from noise with each of the triggers r [N, C, H, W], in antithetic pairs."""
+    def drawn(self, model: Model, r: Tensor, rows: int, steps: int, generator: torch.Generator) -> Tensor:
+        """Outputs [N, rows, C, H, W] from noise with each of the triggers r [N, C, H, W], in antithetic pairs, in so
+        many steps of DDIM."""
         e = torch.randn((len(r), rows // 2, *model.sample_shape), generator=generator)
         e = torch.cat([e, -e], 1).to(model.device)
-        return model.ddim((r[:, None] + e).flatten(0, 1), self.sampler_steps).unflatten(0, (len(r), rows))
+        return model.ddim((r[:, None] + e).flatten(0, 1), steps).unflatten(0, (len(r), rows))
 
-    def hypothesis(self, r: Tensor, y: Tensor) -> Hypothesis:
+    def hypothesis(self, r: Tensor, outputs: Tensor, y: Tensor) -> Hypothesis:
+        """r [C, H, W] with the mean of its outputs [n, C, H, W] that are nearest to y."""
+        nearest = (outputs - y).square().mean((1, 2, 3)).argsort()[: self.nearest]
         h = Hypothesis(self.families[0], r, y)
-        h.lead_to(y)
+        h.lead_to(outputs[nearest].mean(0))
         return h
-
-
-def centred(r: Tensor) -> Tensor:
-    """r [N, C, H, W] less its means over blocks of a quarter of its height and width, which blend into each other."""
-    h, w = (max(1, side // 4) for side in r.shape[-2:])
-    means = torch.nn.functional.avg_pool2d(r, (h, w))
-    return r - torch.nn.functional.interpolate(means, size=r.shape[-2:], mode="bilinear")
-
-
-def midst(outputs: Tensor) -> Tensor:
-    """Of outputs [n, C, H, W] the one whose nearest half is nearest."""
-    distances = (outputs[:, None] - outputs).square().mean((2, 3, 4)).sort(1).values
-    return outputs[int(distances[:, 1 : len(outputs) // 2 + 1].mean(1).argmin())]

@@ -1,4 +1,4 @@
-"""Collapse: the detector for learned triggers alone, with more outputs and walks (collapse.py) than LossFit has."""
+"""Collapse: the detector for learned triggers alone, with more outputs (collapse.py) than LossFit has."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ class Collapse(LossFit):
         "backdoors that are not triggered by the start noise",
     )  # fmt: skip
     search: Search = field(
-        default_factory=lambda: Descent(
-            shifted=512, walks=4, steps=12, at_ends=32, targets=4, tries=3, kept=2, refinements=3
-        )
+        default_factory=lambda: Descent(shifted=256, rounds=3, targets=4, tries=3, kept=2, refinements=3)
     )
     late: Forgetting = field(default_factory=lambda: Forgetting(families=()))
     learned: Descent = field(default_factory=lambda: Descent(families=()))
