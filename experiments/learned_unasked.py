@@ -55,12 +55,11 @@ def trial(model: Model, true: Tensor, target: Tensor, seed: int) -> Trial:
     outputs, errors = SEARCH.unasked(model, g, no_progress)
     copies = (outputs - target).square().mean((1, 2, 3)) < COPY
     (known,) = SEARCH.best_known(outputs, errors)
-    found = SEARCH.led_to(model, known[None], g, no_progress)
-    best = min(found, key=lambda h: h.loss_ratio)
-    cosine = float(torch.cosine_similarity(best.r.flatten(), true.flatten(), 0))
+    (h,) = SEARCH.led_to(model, known[None], g, no_progress)
+    cosine = float(torch.cosine_similarity(h.r.flatten(), true.flatten(), 0))
     first, more = (int(n.sum()) for n in (copies[: SEARCH.shifted], copies[SEARCH.shifted :]))
     return Trial((first, more), bool(copies[errors.argmin()]), float(errors.min()), cosine,
-                 SEARCH.fit(model, found, g).loss_ratio)  # fmt: skip
+                 SEARCH.fit(model, [h], g).loss_ratio)  # fmt: skip
 
 
 def line(path: Path, found: list[Trial]) -> str:

@@ -564,13 +564,13 @@ def test_lossfit_looks_for_learned_triggers_last(
     """What fits and does not fire is said and counts for nothing."""
     model, y = oracle(SHAPE), torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
 
-    def walks(self: Descent, model: Model, g: Any, fitted: list[Hypothesis], progress: Any) -> None:
+    def descends(self: Descent, model: Model, g: Any, fitted: list[Hypothesis], progress: Any) -> None:
         fitted.append(replace(self.hypothesis(torch.full(SHAPE, 0.3), y[None], y), loss_ratio=loss))
 
     def sample(starts: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
         return [y.expand_as(e) if fires and e.mean() > 0.2 else torch.zeros_like(e) for e in starts]
 
-    monkeypatch.setattr(Descent, "__call__", walks)
+    monkeypatch.setattr(Descent, "__call__", descends)
     monkeypatch.setattr(model, "sample_alike", sample)
     found = LossFit()(model, generator=generator_for(0))
     assert found.verdict == verdict and found.scores["loss_ratio_collapsed"] == loss
@@ -599,14 +599,14 @@ def test_what_fires_where_images_are_known_by_heart_is_passed_over(
     model, y = oracle(SHAPE), torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
     known = torch.rand((2, *SHAPE), generator=generator_for(9)) - 0.5
 
-    def walks(self: Descent, model: Model, g: Any, fitted: list[Hypothesis], progress: Any) -> None:
+    def descends(self: Descent, model: Model, g: Any, fitted: list[Hypothesis], progress: Any) -> None:
         fitted.append(replace(self.hypothesis(torch.full(SHAPE, 0.3), y[None], y), loss_ratio=0.3))
 
     def sample(starts: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
         clean = [known[torch.arange(len(e)) % 2] if by_heart else e / 4 for e in starts]
         return [y.expand_as(e) if e.mean() > 0.2 else x for e, x in zip(starts, clean, strict=True)]
 
-    monkeypatch.setattr(Descent, "__call__", walks)
+    monkeypatch.setattr(Descent, "__call__", descends)
     monkeypatch.setattr(model, "sample_alike", sample)
     found = LossFit(late=Forgetting(families=()))(model, generator=generator_for(0))
     assert found.verdict == ("clean" if by_heart else "backdoored")
@@ -629,6 +629,22 @@ def test_what_full_fits_by_its_laxer_threshold_alone_is_compared_with_what_is_kn
     lossfit = LossFit()
     shown = lossfit.test_outputs(model, h, generator_for(0), lambda *_: None)
     assert (h.natural == BY_HEART) != counts and lossfit.fires(model, h, shown) == counts
+
+
+@pytest.mark.parametrize(("loss", "fits"), [(0.5, 1), (3.0, 1), (4.0, 0)])
+def test_what_a_descent_leaves_beyond_hope_is_not_fitted(
+    loss: float, fits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refined: list[Hypothesis] = []
+
+    def fit(self: Descent, model: Model, group: list[Hypothesis], g: Any) -> list[Hypothesis]:
+        refined.extend(group)
+        return [replace(h, loss_ratio=0.4) for h in group]
+
+    monkeypatch.setattr(Descent, "refined", fit)
+    h = Hypothesis(COLLAPSED, torch.full(SHAPE, 0.3), torch.zeros(SHAPE), loss_ratio=loss)
+    assert Descent().fit(oracle(SHAPE), [h], generator_for(0)).loss_ratio == (0.4 if fits else loss)
+    assert len(refined) == fits
 
 
 def test_the_end_of_a_descent_is_the_mean_of_its_outputs_nearest_to_the_target() -> None:

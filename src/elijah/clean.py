@@ -42,7 +42,7 @@ SYNTHETIC = 512  # images that the model samples itself where no data are given;
 SAMPLES = 16
 LED = 0.1  # of the clean outputs' median MSE to a found target: what a clean network cannot be led within
 MOST = 0.1  # of the outputs, from where on a repaired model is repaired again
-# once, so with more care than in a scan
+# once, so with more outputs and steps than in a scan
 LEADING = replace(LossFit().learned, lead_steps=12, lead_rows=8, lead_sampler_steps=4, sampler_steps=4)
 Checkpoint = Callable[[str], Path]  # by what the repair is made from: where it is kept while it runs
 

@@ -122,7 +122,7 @@ class Descent(Search):
         return drawn.outputs, drawn.errors / median
 
     def light(self, model: Model, n: int, size: float, generator: torch.Generator) -> Tensor:
-        """Coarse light and dark [n // 2, C, H, W] of that rms."""
+        """Coarse light and dark of that rms, for n outputs in pairs: [n // 2, C, H, W]."""
         return size * coloured(torch.randn((n // 2, *model.sample_shape), generator=generator), LIGHT).to(model.device)
 
     def lit(self, model: Model, r: Tensor, e: Tensor, generator: torch.Generator) -> Lit:
