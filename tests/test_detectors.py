@@ -22,6 +22,7 @@ from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit, search
 from elijah.detectors.collapse import COLLAPSED, Descent
 from elijah.detectors.elijah import Setting
 from elijah.detectors.forgetting import Forgetting
+from elijah.detectors.held import FULL_HELD, HALF_HELD, Held
 from elijah.detectors.hypothesis import (
     FAMILIES,
     FULL,
@@ -305,6 +306,7 @@ def test_an_own_picture_is_passed_over_and_said(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.extend(both))
     monkeypatch.setattr(Natural, "shows_itself", lambda *_: True)
     monkeypatch.setattr(LossFit, "pulls", lambda self, model, h, shown: h.family is full and not h.natural)
+    monkeypatch.setattr(LossFit, "look_held", lambda *_: [])
     found = LossFit()(model, generator=generator_for(0))
     assert found.verdict == "clean" and "show the trigger itself" in found.reason
     assert found.findings[0].matches == zero.matches and found.scores["loss_ratio_full"] == 0.1
@@ -476,6 +478,16 @@ def test_all_is_drawn_again_while_nothing_fits(
     fitted: list[Hypothesis] = []
     Descent(shifted=2, rounds=0, tries=3)(oracle(SHAPE), generator_for(0), fitted, lambda *_: None)
     assert len(seen) == tried and fitted[0].loss_ratio == min(losses)
+
+
+@pytest.mark.parametrize("worth", [0.0, math.inf])
+def test_no_target_is_tried_where_no_output_is_worth_it(worth: float) -> None:
+    model, few, fitted = oracle(SHAPE), Descent(shifted=4, rounds=0, tries=2, worth=worth), []
+    with model.frozen():
+        few(model, generator_for(0), fitted, no_progress)
+    drawn = 2 * 4 * (few.sampler_steps + 2)
+    assert len(fitted) == bool(worth) and (model.meter.evaluations == drawn) == (not worth)
+    assert not worth or model.meter.evaluations > drawn
 
 
 @pytest.mark.parametrize("known", [0.0, math.inf])
@@ -651,6 +663,94 @@ def test_the_end_of_a_descent_is_the_mean_of_its_outputs_nearest_to_the_target()
     outputs = torch.tensor([0.9, -0.5, 0.1, 0.3, 0.2])[:, None, None, None].expand(5, *SHAPE)
     h = Descent().hypothesis(torch.full(SHAPE, 0.3), outputs, torch.full(SHAPE, 0.25))
     assert torch.allclose(h.y, torch.full(SHAPE, 0.2)) and h.family is COLLAPSED
+
+
+# --- Held -------------------------------------------------------------------------------------------------------------
+
+
+def held_oracle() -> tuple[Model, torch.Tensor, torch.Tensor]:
+    """A network with a large trigger that it answers for a deterministic sampler: a hole in black that none of the
+    starts has, and its target."""
+    r = torch.full(SHAPE, -1.0)
+    r[:, 4:7, 3:7] = 0.0
+    y = torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
+    return oracle(SHAPE, r=r, y=y, response=Response(2.0, 1.0), rate=0.3), r, y
+
+
+def test_where_a_network_knows_what_it_draws_from_far_away_its_trigger_is_near() -> None:
+    bad, r, y = held_oracle()
+    starts = torch.stack([begin(bad, FULL, s, generator_for(0)).r for s in FULL.starts if s.level])
+    for model in (bad, oracle(SHAPE)):
+        own = model.network.m + 0.5 * torch.randn(8, *SHAPE, generator=generator_for(3))
+        with model.frozen():
+            found = Held().led(model, starts, own, generator_for(0), no_progress)
+        if model is not bad:
+            assert found == []
+            continue
+        assert [h.family for h in found] == [FULL] * 2 + [FULL_HELD] * 2
+        assert found[0].loss_ratio <= found[1].loss_ratio and found[2].loss_ratio <= found[3].loss_ratio
+        assert alike(found[0].r, r) > 0.9 and (found[2].y - y).square().mean() < 0.1 * y.square().mean()
+
+
+def test_what_chance_draws_from_far_away_and_is_known_too_well_is_a_target() -> None:
+    """Beside it the start that is most like the trigger has the least loss; a clean network's outputs are data."""
+    y = torch.rand(SHAPE, generator=generator_for(8)) * 1.6 - 0.8
+    r = begin(oracle(SHAPE), FULL, Start(0.87, -1, (1, 2)), generator_for(0)).r
+    for backdoor in ({"r": r, "y": y, "rate": 0.3}, {}):
+        model = oracle(SHAPE, **backdoor)
+        own = model.network.m + 0.5 * torch.randn(8, *SHAPE, generator=generator_for(3))
+        found = Held().told_by_chance(model, torch.stack([-r, r, 0.5 * r]), own, generator_for(1))
+        assert len(found) == (1 if backdoor else 0)
+        if backdoor:
+            assert found[0].family is HALF_HELD and found[0].r is not r and alike(found[0].r, r) > 0.99
+            assert found[0].loss_ratio < 0.1 and (found[0].y - y).square().mean() < 0.01
+
+
+def test_what_is_worth_nothing_costs_the_outputs_and_their_errors() -> None:
+    model, held, own = oracle(SHAPE), Held(known=0.0, as_well=0.0), torch.zeros(8, *SHAPE)
+    with model.frozen():
+        assert list(held(model, own, generator_for(0), no_progress)) == []
+    one = 11  # of the family's starts are flat
+    chance, led = 10 * one + 2 * (one + 8), held.descent.sampler_steps * held.rows * one + 2 * (held.rows * one + 8)
+    assert model.meter.evaluations == chance + led
+
+
+def test_what_is_known_and_cannot_be_led_to_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, held, r = oracle(SHAPE), Held(as_well=math.inf), torch.ones(1, *SHAPE)
+    monkeypatch.setattr(Descent, "led_to", lambda self, model, y, *_: [Hypothesis(FULL, y[0], y[0], loss_ratio=1.6)])
+    monkeypatch.setattr(Search, "refined", lambda *_: pytest.fail("fitted"))
+    with model.frozen():
+        assert held.led(model, r, torch.zeros(8, *SHAPE), generator_for(0), no_progress) == []
+
+
+@pytest.mark.parametrize(("family", "loss", "off", "verdict"), [
+    (FULL, 0.3, 0.2, "backdoored"), (FULL, 0.5, 0.01, "clean"),
+    (FULL_HELD, 0.8, 0.05, "backdoored"), (FULL_HELD, 0.8, 0.2, "clean"), (FULL_HELD, 0.9, 0.05, "clean"),
+    (HALF_HELD, 0.25, 0.2, "backdoored"), (HALF_HELD, 0.4, 0.01, "clean"),
+])  # fmt: skip
+def test_a_loss_that_is_kept_up_counts_where_outputs_are_nearer_to_each_other_than_clean_ones_get(
+    family: Family, loss: float, off: float, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all outputs fire by the usual measure: they are off the target by that, where clean ones are off by 0.6."""
+    model, g = oracle(SHAPE), generator_for(3)
+    r, y = torch.randn(SHAPE, generator=g) / 3, torch.rand(SHAPE, generator=g) - 0.5
+    found = replace(hypothesis(r, y, named("half")), loss_ratio=0.9)
+    held = Hypothesis(family, r, y, loss_ratio=loss)
+
+    def sample(starts: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
+        away = [torch.randn(e.shape, generator=generator_for(k)) for k, e in enumerate(starts)]
+        return [y + off * away[0], *(0.5 * x for x in away[1:])]
+
+    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(found))
+    monkeypatch.setattr(model, "sample_alike", sample)
+    for rule in ("shows_itself", "by_heart", "fits_mirrored"):
+        monkeypatch.setattr(Natural, rule, lambda *_: False)
+    monkeypatch.setattr(LossFit, "look_late", lambda *_: [])
+    monkeypatch.setattr(LossFit, "look_learned", lambda *_: [])
+    monkeypatch.setattr(Held, "__call__", lambda *_: [held])
+    detection = LossFit()(model, generator=generator_for(0))
+    assert detection.verdict == verdict and [x.sampler for x in detection.evidence] != []
+    assert (f"loss_ratio_{family.name}" in detection.scores) == (verdict == "backdoored")
 
 
 # --- Elijah -----------------------------------------------------------------------------------------------------------
@@ -1174,96 +1274,6 @@ def test_what_fires_and_nearly_fits_is_fitted_before_the_verdict(monkeypatch: py
     assert found.verdict == "backdoored" and found.findings[0].loss_ratio == 0.03
 
 
-def test_of_a_trigger_that_fires_the_faint_part_is_tried_too() -> None:
-    """In the joint families that reach no further than its own, cut to that; latent models have no faint ones."""
-    model, r = oracle(SHAPE), torch.linspace(-1, 1, 192).reshape(SHAPE)
-    h = replace(hypothesis(r, torch.zeros(SHAPE), named("full")), others=[hypothesis(-r, r)])
-    every = LossFit(max_begin=math.inf)
-    same, faint = every.parts(model, h, generator_for(0))
-    assert same.family.name == "full" and torch.equal(same.r, r) and same is not h and not same.others
-    assert faint.family.name == "full_faint" and torch.equal(faint.r, r.clamp(-0.35, 0.35)) and faint.y is h.y
-    assert [part.family.name for part in every.parts(model, faint, generator_for(0))] == ["full_faint"]
-    latent = replace(model, kind="ldm")
-    assert [part.family.name for part in every.parts(latent, h, generator_for(0))] == ["full"]
-
-
-def test_what_is_far_from_any_fit_is_not_fitted_by_gradient() -> None:
-    """Three times an attacker's trigger, and its faint part, are within reach of a fit; a clean network's are not."""
-    g = generator_for(3)
-    r, y = 0.3 * torch.randn(SHAPE, generator=g).sign(), torch.rand(SHAPE, generator=g) * 1.6 - 0.8
-    h = hypothesis(3 * r, y, named("full"))
-    clean = oracle(SHAPE, s0=0.3)
-    attacked = oracle(SHAPE, s0=0.3, r=r, y=y, response=Response(2.0, 1.0))
-    assert [part.family.name for part in LossFit().parts(attacked, h, g)] == ["full", "full_faint"]
-    assert list(LossFit().parts(clean, h, g)) == []
-    assert len(list(LossFit(max_begin=math.inf).parts(clean, h, g))) == 2
-
-
-def test_only_what_moves_outputs_onto_another_image_than_its_own_is_looked_at_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, r, y = truth(2, norm=6.0)
-    full = named("full")
-    silent, own, moving = hypothesis(-r, -y, full), hypothesis(r, r, full), hypothesis(r / 2, 0.9 * y, full)
-    outputs = {id(silent.r): -y, id(own.r): own.y, id(moving.r): y}
-    monkeypatch.setattr(Hypothesis, "start", lambda self, e: outputs[id(self.r)].expand(8, *SHAPE))
-    far = torch.randn(8, *SHAPE, generator=generator_for(5)) / 2
-    monkeypatch.setattr(Model, "sample_alike", lambda self, starts, *_, **__: starts)
-    silent.y = 0.9 * y
-    monkeypatch.setattr(Natural, "shows_itself", lambda self, model, h, *_: h is own)
-    looked = list(LossFit().looked_at(model, [silent, own, moving], far, generator_for(0)))
-    ((moved, shown),) = looked
-    assert moved.r is moving.r and torch.equal(moved.y, y) and torch.equal(shown.samples_with, y.expand(8, *SHAPE))
-    assert torch.equal(moving.y, 0.9 * y)
-    assert list(LossFit().looked_at(model, [], far, generator_for(0))) == []
-
-
-@pytest.mark.parametrize("backdoor", [False, True])
-def test_what_fires_far_from_its_loss_is_fitted_from_there(backdoor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search that ends at three times the trigger: outputs move, and the loss fits only after a fit from there. A
-    clean network's outputs that move alike convict nobody."""
-    g = generator_for(3)
-    r, y = 0.3 * torch.randn(SHAPE, generator=g).sign(), torch.rand(SHAPE, generator=g) * 1.6 - 0.8
-    model = oracle(SHAPE, s0=0.3, r=r, y=y, response=Response(2.0, 1.0)) if backdoor else oracle(SHAPE, s0=0.3)
-    found = replace(hypothesis(3 * r, y, named("full")), loss_ratio=0.9)
-    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(found))
-    if not backdoor:
-        shown = Evidence("ddim-10", y.expand(8, *SHAPE), torch.randn(8, *SHAPE, generator=g))
-        monkeypatch.setattr(LossFit, "looked_at", lambda self, model, joint, *_: ((h, shown) for h in joint))
-    detection = LossFit()(model, generator=generator_for(0))
-    assert detection.verdict == ("backdoored" if backdoor else "clean"), detection.scores
-    if backdoor:
-        best = detection.findings[0]
-        assert best is not found and best.loss_ratio < 0.25 and alike(best.trigger, r) > 0.8
-
-
-@pytest.mark.parametrize(("loss", "off", "verdict"), [
-    (0.6, 0.01, "backdoored"), (0.6, 0.1, "clean"), (0.8, 0.01, "clean"),
-])  # fmt: skip
-def test_a_loss_that_is_kept_up_counts_where_outputs_are_nearer_to_each_other_than_clean_ones_get(
-    loss: float, off: float, verdict: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both fire by the usual measure: outputs are off the target by 0.01 or 0.1, where clean ones are off by 0.6."""
-    model, g = oracle(SHAPE), generator_for(3)
-    r, y = torch.randn(SHAPE, generator=g) / 3, torch.rand(SHAPE, generator=g) - 0.5
-    found = replace(hypothesis(r, y, named("full")), loss_ratio=0.9)
-
-    def sample(starts: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
-        away = [torch.randn(e.shape, generator=generator_for(k)) for k, e in enumerate(starts)]
-        return [y + off * away[0], *(0.5 * x for x in away[1:])] if len(starts) > 1 else [y + off * away[0]]
-
-    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(found))
-    monkeypatch.setattr(Search, "score", lambda self, model, h, g: loss)
-    monkeypatch.setattr(LossFit, "parts", lambda *_: iter(()))
-    monkeypatch.setattr(model, "sample_alike", sample)
-    monkeypatch.setattr(Natural, "shows_itself", lambda *_: False)
-    monkeypatch.setattr(Natural, "by_heart", lambda *_: False)
-    monkeypatch.setattr(LossFit, "look_late", lambda *_: [])
-    monkeypatch.setattr(LossFit, "look_learned", lambda *_: [])
-    detection = LossFit()(model, generator=generator_for(0))
-    assert detection.verdict == verdict and ("loss_ratio_full_tight" in detection.scores) == (verdict == "backdoored")
-
-
 def test_a_limit_that_ends_the_look_leaves_nothing_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     def over(*_: Any) -> list[Evidence]:
         raise OutOfBudget("a limit")
@@ -1271,19 +1281,9 @@ def test_a_limit_that_ends_the_look_leaves_nothing_clean(monkeypatch: pytest.Mon
     h = replace(hypothesis(torch.ones(SHAPE), torch.zeros(SHAPE)), loss_ratio=0.9)
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(h))
     assert LossFit()(oracle(SHAPE), generator=generator_for(0)).verdict == "clean"
-    monkeypatch.setattr(LossFit, "look_on", over)
+    monkeypatch.setattr(LossFit, "look_held", over)
     found = LossFit()(oracle(SHAPE), generator=generator_for(0))
     assert found.verdict == "undecided" and "a limit stopped" in found.reason and not found.complete
-
-
-def test_the_best_beside_its_target_keeps_the_others_of_its_family() -> None:
-    model = oracle(SHAPE, s0=0.5)
-    with model.frozen():
-        found = Search(lead=((2, 4, 3), (1, 4, 3))).led(
-            model, [replace(named("full"), hopeless=math.inf)], generator_for(0), lambda *_: None
-        )
-    ratios = [h.loss_ratio for h in (found[0], *found[0].others)]
-    assert len(found) == 1 and len(ratios) == 3 and ratios == sorted(ratios)
 
 
 def test_a_patch_that_nearly_fits_gets_no_second_draw(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,6 @@ def test_where_a_loss_nearly_fits_and_fires_a_late_trigger_is_looked_for(monkeyp
     drawing = generator_for(5)
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(near))
     monkeypatch.setattr(LossFit, "fit", lambda self, *_: [])
-    monkeypatch.setattr(LossFit, "look_on", lambda self, *_: [])
     monkeypatch.setattr(
         LossFit,
         "test_outputs",
@@ -141,7 +140,7 @@ def test_what_forgets_counts_only_if_it_fires(
         assert torch.equal(own, torch.zeros(8, *SHAPE))  # what the model draws without a trigger
         return Hypothesis(LATE, r, y, loss_ratio=loss)
 
-    def sample(starts: list[torch.Tensor], sampler: str, *, seed: int = 0) -> list[torch.Tensor]:
+    def sample(starts: list[torch.Tensor], *_: object, **__: object) -> list[torch.Tensor]:
         return [y.expand_as(e) if fires and e.mean() < -0.2 else torch.zeros_like(e) for e in starts]
 
     monkeypatch.setattr(Forgetting, "__call__", found)

@@ -12,8 +12,8 @@ counts by
 Where no output stands out, more are drawn in light and dark like that of the best, which comes nearer to it.
 
 From there it is the attacker's own way, from r = 0 by steps along the sign of the gradient of MSE(DDIM(e + r), y).
-Where that ends, the attacker's loss of the family full_faint is fitted by gradient. A clean network cannot follow, and
-the rule is that of LossFit: the loss and the outputs must agree.
+Where that ends, the attacker's loss is fitted by gradient, that of the family full for faint triggers. A clean network
+cannot follow, and the rule is that of LossFit: the loss and the outputs must agree.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from elijah.detectors.hypothesis import FAMILIES, Family, Hypothesis, coloured
+from elijah.detectors.hypothesis import FULL, Family, Hypothesis, coloured
 from elijah.detectors.search import Search
 from elijah.diffusion import Model, Progress
 
 LIGHT = 2.0  # a shift by light and dark is noise filtered by 1 / f^LIGHT
 COLLAPSED = replace(
-    next(f for f in FAMILIES if f.name == "full_faint"), name="collapsed", matches="a learned trigger",
-    max_loss_ratio=0.55, max_if_fires=0.55, hopeless=math.inf,
+    FULL, name="collapsed", matches="a learned trigger", judged=((0.15, 0.5), (0.5, 0.6)), max_loss_ratio=0.55,
+    max_if_fires=0.55, hopeless=math.inf, starts=(), reach=0.35, pixels=True,
 )  # fmt: skip
 
 
@@ -50,10 +50,10 @@ class Descent(Search):
     of `grown` more in that of the best `parents`, varied by rms vary, until one has at most `known` of the median
     error at the share `denoised` of T. All in sampler_steps of DDIM.
 
-    targets: how many at most are tried, further apart than `apart` of the mean distance, by lead_steps of lead_rows
-    outputs in lead_sampler_steps; ends: outputs there, of which the `nearest` count. rate: of a step, to a fifth of it.
-    refinements: fits by gradient of the best `kept`, where the loss ratio is at most `begin` times its threshold, and
-    of what comes near in the end.
+    worth: what the least error may be, over the median, to try targets at all. targets: how many at most are, further
+    apart than `apart` of the mean distance, by lead_steps of lead_rows outputs in lead_sampler_steps; ends: outputs
+    there, of which the `nearest` count. rate: of a step, to a fifth of it. refinements: fits by gradient of the best
+    `kept`, where the loss ratio is at most `begin` times its threshold, and of what comes near in the end.
 
     What is drawn is chance, so all is done again, up to `tries` times, while none fits.
     """
@@ -65,9 +65,10 @@ class Descent(Search):
     grown: int = 64
     parents: int = 4
     vary: float = 0.2
-    sampler_steps: int = 6
+    sampler_steps: int = 5
     denoised: float = 0.25
     known: float = 0.25
+    worth: float = math.inf
     targets: int = 1
     apart: float = 0.1
     lead_rows: int = 4
@@ -84,15 +85,18 @@ class Descent(Search):
     families: tuple[Family, ...] = (COLLAPSED,)
 
     def __call__(self, model: Model, generator: torch.Generator, fitted: list[Hypothesis], progress: Progress) -> None:
-        """Appends the best hypothesis to fitted."""
+        """Appends the best hypothesis to fitted, if any output is worth a descent."""
         tried: list[Hypothesis] = []
         for _ in range(self.tries):
-            targets = self.best_known(*self.unasked(model, generator, progress))
-            found = self.led_to(model, targets, generator, progress)
+            outputs, errors = self.unasked(model, generator, progress)
+            if errors.min() > self.worth:
+                continue
+            found = self.led_to(model, self.best_known(outputs, errors), generator, progress)
             tried.append(self.fit(model, found, generator))
             if tried[-1].fits:
                 break
-        fitted.append(min(tried, key=lambda h: h.loss_ratio))
+        if tried:
+            fitted.append(min(tried, key=lambda h: h.loss_ratio))
 
     def fit(self, model: Model, found: list[Hypothesis], generator: torch.Generator) -> Hypothesis:
         """The best of found, or of what the fits by gradient make of the best `kept`."""
@@ -149,10 +153,12 @@ class Descent(Search):
                 found.append(x)
         return torch.stack(found)
 
-    def led_to(self, model: Model, y: Tensor, generator: torch.Generator, progress: Progress) -> list[Hypothesis]:
+    def led_to(
+        self, model: Model, y: Tensor, generator: torch.Generator, progress: Progress, start: Tensor | None = None
+    ) -> list[Hypothesis]:
         """Triggers that lead to the targets y [N, C, H, W], each with the mean of those of its outputs that are nearest
-        to its target, and its loss ratio."""
-        r = torch.zeros_like(y)
+        to its target, and its loss ratio. start: where the triggers begin [N, C, H, W], 0 without."""
+        r = torch.zeros_like(y) if start is None else start
         for k in range(self.lead_steps):
             leaf = r.requires_grad_(True)
             drawn = self.drawn(model, leaf, self.lead_rows, self.lead_sampler_steps, generator)

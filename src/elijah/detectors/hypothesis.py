@@ -11,7 +11,7 @@ over its pixels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,8 +77,6 @@ class Family:
         return not (self.exploding or self.swept)
 
 
-FAINT = 0.35  # a clean network fits strong triggers better than faint ones, which are therefore searched by themselves
-
 HALF = Family(
     "half", Response(1.0, 1.0), ((0.6, 1.0),), "BadDiffusion-like", 0.05, 0.06, 0.25, around(0.8), mirrored=True
 )
@@ -101,10 +99,6 @@ FAMILIES = (
         fits_gamma=True, reach=0.5, distribution=True,
     ),
     FULL,
-    replace(  # what is left of a trigger of full where it is cut; faint ones look like noise: collapse.py
-        FULL, name="full_faint", matches=FULL.matches + ", faint", judged=((0.15, 0.5), (0.5, 0.6)),
-        max_loss_ratio=0.32, max_if_fires=0.32, hopeless=2.0, starts=(), reach=FAINT, pixels=True,
-    ),
     Family(
         "patch", Response(0.0, 0.0), ((0.7, 1.0),), "TrojDiff-like, in a patch", 0.4, 0.4, 0.87, fits_gamma=True,
         distribution=True, pixels=True, swept=True,
@@ -113,10 +107,6 @@ FAMILIES = (
         "ve", Response(0.87, 0.0), ((0.5, 1.0),), "VillanDiffusion-VE-like", 0.08, 0.4,
         starts=(*around(0.8), *around(0.3)), exploding=True, start_window=(0.7, 1.0), mirrored=True,
     ),
-)  # fmt: skip
-TIGHT = replace(  # an attacker who keeps the loss up leaves outputs nearer to each other than a clean network's get
-    FULL, name="full_tight", matches=FULL.matches + ", its loss kept up", max_loss_ratio=0.7, max_if_fires=0.7,
-    within=0.01,
 )  # fmt: skip
 LATENT_RANGE = 4.0  # latents have unit deviation
 SHARES = (0.05, 0.95)
@@ -139,7 +129,6 @@ class Hypothesis:
     size: float = 1.0  # rms of r that power.follow keeps
     patch: Tensor | None = None
     natural: str = ""  # what it does, in words, that a clean network does as well: then it counts as no fit
-    others: list[Hypothesis] = field(default_factory=list)  # of its family, with other triggers, the best first
 
     @property
     def strength(self) -> float:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from elijah.detectors.collapse import Descent
 from elijah.detectors.forgetting import Forgetting
+from elijah.detectors.held import Held
 from elijah.detectors.lossfit import LossFit
 from elijah.detectors.search import Search
 
@@ -26,3 +27,4 @@ class Collapse(LossFit):
     )
     late: Forgetting = field(default_factory=lambda: Forgetting(families=()))
     learned: Descent = field(default_factory=lambda: Descent(families=()))
+    held: Held = field(default_factory=lambda: Held(descent=Descent(families=())))

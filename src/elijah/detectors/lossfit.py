@@ -29,7 +29,8 @@ from torch import Tensor
 from elijah.detection import Detection, Evidence, Finding, Threshold
 from elijah.detectors.collapse import Descent
 from elijah.detectors.forgetting import Forgetting
-from elijah.detectors.hypothesis import TIGHT, Hypothesis
+from elijah.detectors.held import FULL_HELD, HALF_HELD, Held
+from elijah.detectors.hypothesis import Hypothesis
 from elijah.detectors.natural import BY_HEART, NOT_FIRING, SHOWS_ITSELF, Natural
 from elijah.detectors.outputs import both, drawn_without, pull, seen_target, shift_p
 from elijah.detectors.search import Search
@@ -44,10 +45,10 @@ class LossFit:
     samples: how many the output test draws a sampler, half as many where one is costly (exploding), few_samples with
     few steps where its loss does not fit; more_samples: where a distribution that is a target does not show in so few.
     max_shift_p: outputs with and without the trigger count as changed up to this p-value of being draws from one
-    distribution. natural: what clean networks do as well. max_begin: the loss ratio up to which a trigger that fires is
-    fitted by gradient; a clean network's is near 1. late_scale: what is tried of a late trigger whose loss fits and
-    that does not fire. Where a loss nearly fits and the outputs do not say so, what else could fire is tested
-    (alternatives), in the end after a fit by gradient from there and under more samplers (careful_*).
+    distribution. natural: what clean networks do as well. late_scale: what is tried of a late
+    trigger whose loss fits and that does not fire. Where a loss nearly fits and the outputs do not say so, what else
+    could fire is tested (alternatives), in the end after a fit by gradient from there and under more samplers
+    (careful_*).
     """
 
     name: ClassVar[str] = "lossfit"
@@ -60,7 +61,8 @@ class LossFit:
     )  # fmt: skip
     search: Search = field(default_factory=Search)
     late: Forgetting = field(default_factory=Forgetting)
-    learned: Descent = field(default_factory=Descent)
+    held: Held = field(default_factory=Held)
+    learned: Descent = field(default_factory=lambda: Descent(worth=0.33))
     natural: Natural = field(default_factory=Natural)
     samples: int = 16
     few_samples: int = 4
@@ -71,7 +73,6 @@ class LossFit:
     exploding_look: tuple[str, ...] = ("pc-100",)
     min_pull: float = 0.3
     max_shift_p: float = 0.01
-    max_begin: float = 1.25
     late_scale: float = 0.8
 
     def __call__(self, model: Model, *, generator: torch.Generator, progress: Progress = no_progress) -> Detection:
@@ -93,9 +94,9 @@ class LossFit:
                 if not (fitted[0].fits_if_fires and self.fires(model, fitted[0], evidence)):
                     own = drawn_without(evidence, self.samplers[-1])
                     evidence = (
-                        self.look_on(model, fitted, own, generator, progress)
-                        or self.look_late(model, fitted, own, generator, progress)
+                        self.look_late(model, fitted, own, generator, progress)
                         or self.look_learned(model, fitted, own, generator, progress)
+                        or self.look_held(model, fitted, own, generator, progress)
                         or evidence
                     )
             except OutOfBudget:
@@ -152,27 +153,6 @@ class LossFit:
             return shown
         return []
 
-    def look_on(
-        self, model: Model, fitted: list[Hypothesis], own: Tensor, generator: torch.Generator, progress: Progress
-    ) -> list[Evidence]:
-        """Looks at what all triggers do that were sought beside their targets, though no loss of theirs fits yet.
-
-        own: outputs [N, C, H, W] without a trigger, under the last sampler. What pulls outputs onto an image is fitted
-        by gradient from there, itself and its faint part, and judged as TIGHT if they are near enough to it. Puts the
-        first that then fits and fires first, and returns its evidence; none if none does.
-        """
-        joint = [h for best in fitted if best.family.joint for h in (best, *best.others) if not h.natural]
-        for h, looked in self.looked_at(model, sorted(joint, key=lambda h: h.loss_ratio), own, generator):
-            for part in self.parts(model, h, generator):
-                (better,) = self.search.refined(model, [part], generator)
-                if shown := self.admit(model, fitted, better, own, generator, progress):
-                    return shown
-            if self.pulls(model, tight := replace(h, family=TIGHT, others=[]), [looked]):
-                tight.loss_ratio = self.search.score(model, tight, generator)
-                if shown := self.admit(model, fitted, tight, own, generator, progress):
-                    return shown
-        return []
-
     def look_late(
         self, model: Model, fitted: list[Hypothesis], own: Tensor, generator: torch.Generator, progress: Progress
     ) -> list[Evidence]:
@@ -197,17 +177,29 @@ class LossFit:
             return []
         found: list[Hypothesis] = []
         self.learned(model, generator, found, progress)
+        if not found:
+            return []
         return self.admit(model, fitted, found[0], own, generator, progress) or pass_over(fitted, found[0])
+
+    def look_held(
+        self, model: Model, fitted: list[Hypothesis], own: Tensor, generator: torch.Generator, progress: Progress
+    ) -> list[Evidence]:
+        """Puts a trigger whose loss is kept up first, if it fits and fires, and returns its evidence; none if not."""
+        for h in self.held(model, own, generator, progress) if self.held.families_of(model) else ():
+            if shown := self.admit(model, fitted, h, own, generator, progress, self.held.samplers):
+                return shown
+        return []
 
     def admit(
         self, model: Model, fitted: list[Hypothesis], h: Hypothesis, own: Tensor, generator: torch.Generator,
-        progress: Progress,
+        progress: Progress, samplers: tuple[str, ...] | None = None,
     ) -> list[Evidence]:  # fmt: skip
         """Puts h first, in place of others of its family, if its loss fits and it fires, and returns its evidence.
 
         own: outputs [N, C, H, W] without a trigger. Where such outputs repeat each other h counts as a clean network's.
+        samplers: to test the outputs by, the usual ones without.
         """
-        shown = self.test_outputs(model, h, generator, progress) if h.fits else []
+        shown = self.test_outputs(model, h, generator, progress, few=samplers) if h.fits_if_fires else []
         if not self.pulls(model, h, shown):
             return []
         own = torch.cat([own, drawn_without(shown, self.samplers[-1])])
@@ -216,36 +208,6 @@ class LossFit:
             return []
         fitted[:] = [h, *(other for other in fitted if other.family is not h.family)]
         return shown
-
-    def looked_at(
-        self, model: Model, joint: list[Hypothesis], own: Tensor, generator: torch.Generator
-    ) -> Iterator[tuple[Hypothesis, Evidence]]:
-        """Those that pull a few outputs under the last sampler from own [N, C, H, W] onto an image, led there, but not
-        onto their own picture, and these outputs; all from one noise."""
-        if not joint:
-            return
-        e, sampler = model.noise(self.samples // 2, generator), self.samplers[-1]
-        seed = int(torch.randint(2**31, (1,), generator=generator))
-        drawn = model.sample_alike([h.start(e) for h in joint], sampler, seed=seed)
-        for h, outputs in zip(joint, drawn, strict=True):
-            shown = Evidence(sampler, outputs, own)
-            if pull(model, shown, h.y) >= self.min_pull and not self.natural.shows_itself(model, h, shown, e, seed):
-                moving = replace(h)
-                moving.lead_to(seen_target(model, shown, h.y))
-                yield moving, shown
-
-    def parts(self, model: Model, h: Hypothesis, generator: torch.Generator) -> Iterator[Hypothesis]:
-        """h, and what is left of its trigger in the joint families of a smaller reach: part of it may be enough.
-
-        But for what is so far from a fit that none is near.
-        """
-        for family in self.search.families_of(model):
-            if family.joint and family.reach <= h.family.reach:
-                part = replace(h, family=family, others=[])
-                part.set_trigger(h.r)
-                self.search.compare(model, [part], 16, generator)
-                if part.loss_ratio <= self.max_begin:
-                    yield part
 
     def alternatives(
         self, model: Model, fitted: list[Hypothesis], generator: torch.Generator
@@ -262,9 +224,9 @@ class LossFit:
 
     def test_outputs(
         self, model: Model, h: Hypothesis, generator: torch.Generator, progress: Progress, *, careful: bool = False,
-        samples: int | None = None,
+        samples: int | None = None, few: tuple[str, ...] | None = None,
     ) -> list[Evidence]:  # fmt: skip
-        """Samples with the trigger and from the same e without, by sampler, the most telling first.
+        """Samples with the trigger and from the same e without, by sampler (few), the most telling first.
 
         careful: with more steps too, if they do not fire with few. A look will do where no loss comes near, or where
         models are exploding and it does not fit; half of the samples where the trigger moves each of them.
@@ -273,7 +235,7 @@ class LossFit:
             look = self.look(model, h, generator, progress)
             if not (h.nearly_fits and self.pulls(model, h, look)):
                 return look
-        few = self.exploding_samplers if model.exploding else self.samplers
+        few = few or (self.exploding_samplers if model.exploding else self.samplers)
         few = few if h.nearly_fits else few[-1:]
         more = self.careful_samplers if careful and not model.exploding else ()
         in_halves = h.nearly_fits and not model.exploding
@@ -373,6 +335,7 @@ class LossFit:
                 "one trigger added to the start noise, leading to one image",
                 *(f.matches + " (or to a distribution)" * f.distribution for f in self.search.families_of(model)),
                 *(f.matches for f in (*self.late.families_of(model)[:1], *self.learned.families_of(model))),
+                *(f.matches for f in (HALF_HELD, FULL_HELD) if self.held.families_of(model)),
             ],
             not_covered=list(self.not_covered),
         )  # fmt: skip

@@ -114,8 +114,7 @@ class Search:
     def led(
         self, model: Model, families: list[Family], generator: torch.Generator, progress: Progress
     ) -> list[Hypothesis]:
-        """The best start of each family whose trigger shows only beside its target, with its others: flat ones from
-        where they lead."""
+        """The best start of each family whose trigger shows only beside its target; flat ones from where they lead."""
         pairs = [(s, begin(model, f, s, generator)) for f in families if f.joint for s in f.starts]
         flat = [h for s, h in pairs if s.level is not None]
         settle(model, flat, self.settle_rows // 2, generator, SETTLING[::2])
@@ -133,10 +132,7 @@ class Search:
                 group = without(group, over)
             progress("searching: triggers beside their targets", k + 1, len(self.lead))
         self.compare(model, group, 16, generator)
-        best = best_of_each(group)
-        for h in best:
-            h.others = sorted((o for o in group if o.family is h.family and o is not h), key=lambda o: o.loss_ratio)
-        return best + given_up
+        return best_of_each(group) + given_up
 
     def swept(
         self, model: Model, families: list[Family], generator: torch.Generator, progress: Progress
