@@ -22,7 +22,7 @@ from elijah.detectors import DEFAULT, DETECTORS, Elijah, LossFit, search
 from elijah.detectors.collapse import COLLAPSED, Descent
 from elijah.detectors.elijah import Setting
 from elijah.detectors.forgetting import Forgetting
-from elijah.detectors.held import FULL_HELD, HALF_HELD, Held
+from elijah.detectors.held import FULL_HELD, FULL_TIGHT, HALF_HELD, Held
 from elijah.detectors.hypothesis import (
     FAMILIES,
     FULL,
@@ -678,6 +678,7 @@ def held_oracle() -> tuple[Model, torch.Tensor, torch.Tensor]:
 
 
 def test_where_a_network_knows_what_it_draws_from_far_away_its_trigger_is_near() -> None:
+    """The fit comes first, then what was led to and is seen, the best first, by what is left of the loss."""
     bad, r, y = held_oracle()
     starts = torch.stack([begin(bad, FULL, s, generator_for(0)).r for s in FULL.starts if s.level])
     for model in (bad, oracle(SHAPE)):
@@ -687,9 +688,34 @@ def test_where_a_network_knows_what_it_draws_from_far_away_its_trigger_is_near()
         if model is not bad:
             assert found == []
             continue
-        assert [h.family for h in found] == [FULL] * 2 + [FULL_HELD] * 2
-        assert found[0].loss_ratio <= found[1].loss_ratio and found[2].loss_ratio <= found[3].loss_ratio
-        assert alike(found[0].r, r) > 0.9 and (found[2].y - y).square().mean() < 0.1 * y.square().mean()
+        fitted, *others = found
+        assert fitted.family is FULL and fitted.fits and alike(fitted.r, r) > 0.9
+        losses = [h.loss_ratio for h in others]
+        assert len(others) == 5 and losses == sorted(losses)
+        assert [h.family for h in others] == [FULL_HELD if loss <= 0.6 else FULL_TIGHT for loss in losses]
+        assert (others[0].y - y).square().mean() < 0.1 * y.square().mean()
+
+
+def test_outputs_that_do_not_look_like_their_start_are_led_to_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that are known as well as the network's own, though others are known better."""
+    model, held, led = oracle(SHAPE), Held(targets=1), []
+    r = torch.stack([torch.rand(SHAPE, generator=generator_for(k)) - 0.5 for k in range(3)])
+    outputs = torch.stack([r[0], 0.9 * r[0], r[1].flip(-1), r[0].flip(-2), r[2].flip(-1), r[1].flip(-2)])
+    monkeypatch.setattr(Descent, "drawn", lambda *_: outputs.unflatten(0, (3, 2)))
+    monkeypatch.setattr(Held, "errors", lambda *_: [0.1, 0.2, 1.1, 1.3, 0.9, 1.0])
+    monkeypatch.setattr(Held, "seen", lambda self, model, found, g: found)
+
+    def led_to(self: Descent, model: Model, y: torch.Tensor, g: Any, progress: Any, start: torch.Tensor) -> list[Any]:
+        led.append((y, start))
+        return [Hypothesis(FULL, y[0], y[0], loss_ratio=1.4)]
+
+    monkeypatch.setattr(Descent, "led_to", led_to)
+    assert held.led(model, r, r, generator_for(0), no_progress) == []
+    ((y, start),) = led
+    assert torch.equal(y[0], outputs[4]) and torch.equal(start[0], r[2])
+    monkeypatch.setattr(Held, "errors", lambda *_: [0.2, 0.1, 1.3, 1.3, 1.3, 1.3])
+    held.led(model, r, r, generator_for(0), no_progress)
+    assert torch.equal(led[1][0][0], outputs[1])
 
 
 def test_what_chance_draws_from_far_away_and_is_known_too_well_is_a_target() -> None:
@@ -717,7 +743,9 @@ def test_what_is_worth_nothing_costs_the_outputs_and_their_errors() -> None:
 
 def test_what_is_known_and_cannot_be_led_to_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     model, held, r = oracle(SHAPE), Held(as_well=math.inf), torch.ones(1, *SHAPE)
-    monkeypatch.setattr(Descent, "led_to", lambda self, model, y, *_: [Hypothesis(FULL, y[0], y[0], loss_ratio=1.6)])
+    monkeypatch.setattr(
+        Descent, "compare", lambda self, model, found, *_: [setattr(h, "loss_ratio", 1.4) for h in found]
+    )
     monkeypatch.setattr(Search, "refined", lambda *_: pytest.fail("fitted"))
     with model.frozen():
         assert held.led(model, r, torch.zeros(8, *SHAPE), generator_for(0), no_progress) == []
@@ -725,7 +753,8 @@ def test_what_is_known_and_cannot_be_led_to_is_given_up(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("family", "loss", "off", "verdict"), [
     (FULL, 0.3, 0.2, "backdoored"), (FULL, 0.5, 0.01, "clean"),
-    (FULL_HELD, 0.8, 0.05, "backdoored"), (FULL_HELD, 0.8, 0.2, "clean"), (FULL_HELD, 0.9, 0.05, "clean"),
+    (FULL_HELD, 0.5, 0.13, "backdoored"), (FULL_HELD, 0.5, 0.25, "clean"), (FULL_HELD, 0.7, 0.05, "clean"),
+    (FULL_TIGHT, 0.8, 0.05, "backdoored"), (FULL_TIGHT, 0.8, 0.2, "clean"), (FULL_TIGHT, 0.9, 0.05, "clean"),
     (HALF_HELD, 0.25, 0.2, "backdoored"), (HALF_HELD, 0.4, 0.01, "clean"),
 ])  # fmt: skip
 def test_a_loss_that_is_kept_up_counts_where_outputs_are_nearer_to_each_other_than_clean_ones_get(

@@ -16,8 +16,7 @@ backdoored network was trained on such noise. Where one knows an output x as wel
 goes on to it: from that start r follows the gradient of MSE(DDIM(e + r), x). A clean network that knows pictures on a
 black background knows such outputs as well, but it cannot be led to draw but one.
 
-The rule is LossFit's, with looser losses: outputs must come onto the target, and for the loosest, much nearer to each
-other than a clean network's do.
+The rule is LossFit's, with looser losses: the more is left of the loss, the nearer to each other must outputs come.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from elijah.detectors.collapse import Descent
 from elijah.detectors.hypothesis import FULL, HALF, Family, Hypothesis
+from elijah.detectors.outputs import correlation
 from elijah.detectors.search import begin
 from elijah.diffusion import Model, Progress
 
@@ -38,8 +38,9 @@ HALF_HELD = replace(
     HALF, name="half_held", matches=KEPT_UP.format(HALF.matches), max_loss_ratio=0.3, max_if_fires=0.3
 )  # fmt: skip
 FULL_HELD = replace(
-    FULL, name="full_held", matches=KEPT_UP.format(FULL.matches), max_loss_ratio=0.85, max_if_fires=0.85, within=0.05
+    FULL, name="full_held", matches=KEPT_UP.format(FULL.matches), max_loss_ratio=0.6, max_if_fires=0.6, within=0.1
 )  # fmt: skip
+FULL_TIGHT = replace(FULL_HELD, name="full_tight", max_loss_ratio=0.85, max_if_fires=0.85, within=0.05)
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,19 @@ class Held:
 
     known: what the error of the best of as many outputs as there are flat starts may be at most by the first, over the
     median of those without a trigger. rows: outputs of each start by the second; as_well: the same for the best of
-    them. descent: to it, and the fit by gradient. seen_steps: of DDIM, of the outputs whose median is the target in
-    the end.
+    them, of those with a correlation below likeness to their start. descent: to it, and the fit by gradient, where the
+    loss is at most `begin`. seen_steps: of DDIM, of the outputs whose median is then the target.
     """
 
     samplers: tuple[str, str] = ("ddpm-10", "ddim-10")
     known: float = 0.4
     rows: int = 2
     as_well: float = 1.2
-    descent: Descent = field(default_factory=lambda: Descent(families=(FULL,), begin=6.0, hope=6.0))
+    likeness: float = 0.6
+    targets: int = 2
+    descent: Descent = field(default_factory=lambda: Descent(families=(FULL,), hope=6.0))
     seen_steps: int = 10
+    begin: float = 1.3
 
     def families_of(self, model: Model) -> list[Family]:
         return self.descent.families_of(model)
@@ -76,9 +80,10 @@ class Held:
         """Of the starts r [N, C, H, W] the best one beside the best known output, if that is known well."""
         seed = int(torch.randint(2**31, (1,), generator=generator))
         outputs = model.sample(r + model.noise(len(r), generator), self.samplers[0], seed=seed)
-        k, error = self.best_known(model, outputs, own, generator)
-        if error > self.known:
+        errors = self.errors(model, outputs, own, generator)
+        if (error := min(errors)) > self.known:
             return []
+        k = errors.index(error)
         found = [Hypothesis(HALF_HELD, each, outputs[k]) for each in r]
         for h in found:
             h.lead_to(outputs[k])
@@ -89,34 +94,45 @@ class Held:
         self, model: Model, r: Tensor, own: Tensor, generator: torch.Generator, progress: Progress
     ) -> list[Hypothesis]:
         """What a descent from one of the starts r [N, C, H, W] to the best known output comes to, and a fit by gradient
-        from there: each with the target that it was fitted to, and as FULL_HELD with the one that is seen."""
+        from there: each with the target that it was fitted to, and with the one that is seen."""
         with torch.no_grad():
             outputs = self.descent.drawn(model, r, self.rows, self.descent.sampler_steps, generator).flatten(0, 1)
-            k, error = self.best_known(model, outputs, own, generator)
-        if error > self.as_well:
+            starts = r.repeat_interleave(self.rows, 0)
+            errors = self.errors(model, outputs, own, generator)
+        known = [k for k in range(len(errors)) if errors[k] <= self.as_well]
+        if not known:
             return []
-        (led,) = self.descent.led_to(model, outputs[k][None], generator, progress, r[k // self.rows][None])
-        if led.strength > self.descent.begin:
+        known.sort(key=lambda k: (correlation(starts[k], outputs[k]) >= self.likeness, errors[k]))
+        best = known[: self.targets]
+        found = self.descent.led_to(model, outputs[best], generator, progress, starts[best])
+        found = in_order([*found, *self.seen(model, found, generator)])
+        if found[0].loss_ratio > self.begin:
             return []
-        found = [led, *self.descent.refined(model, [led], generator)]
-        return [*in_order(found), *in_order(self.seen(model, found, generator))]
+        (fitted,) = self.descent.refined(model, found[:1], generator)
+        found += self.seen(model, [fitted], generator)
+        return [fitted, *(judged_by_loss(h) for h in in_order(found))]
 
-    def best_known(self, model: Model, outputs: Tensor, own: Tensor, generator: torch.Generator) -> tuple[int, float]:
-        """Which of outputs [N, C, H, W] has the least error, and that over the median of those of own [N, C, H, W]."""
+    def errors(self, model: Model, outputs: Tensor, own: Tensor, generator: torch.Generator) -> list[float]:
+        """Of outputs [N, C, H, W], over the median of those of own [N, C, H, W]."""
         e = torch.randn((1, *model.sample_shape), generator=generator).to(model.device)
         errors = self.descent.error(model, torch.cat([own, outputs]), e)
-        k = int(errors[len(own) :].argmin())
-        return k, float(errors[len(own) + k] / errors[: len(own)].median())
+        return (errors[len(own) :] / errors[: len(own)].median()).tolist()
 
     @torch.no_grad()
     def seen(self, model: Model, found: list[Hypothesis], generator: torch.Generator) -> list[Hypothesis]:
-        """The same as FULL_HELD, each with the median of a few of its outputs for a target, and its score."""
-        r, held = torch.stack([h.r for h in found]), [replace(h, family=FULL_HELD) for h in found]
+        """The same, each with the median of a few of its outputs for a target, and its score."""
+        r, same = torch.stack([h.r for h in found]), [replace(h) for h in found]
         ends = self.descent.drawn(model, r, self.descent.ends, self.seen_steps, generator)
-        for h, outputs in zip(held, ends, strict=True):
+        for h, outputs in zip(same, ends, strict=True):
             h.lead_to(outputs.median(0).values)
-        self.descent.compare(model, held, 16, generator)
-        return held
+        self.descent.compare(model, same, 16, generator)
+        return same
+
+
+def judged_by_loss(h: Hypothesis) -> Hypothesis:
+    """h as FULL_HELD or, with more of the loss left, as FULL_TIGHT."""
+    held = replace(h, family=FULL_HELD)
+    return held if held.fits else replace(h, family=FULL_TIGHT)
 
 
 def in_order(group: list[Hypothesis]) -> list[Hypothesis]:
