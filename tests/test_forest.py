@@ -37,7 +37,8 @@ def zoo(test: str = "test") -> list[dict[str, Any]]:
                 made.append(result(part, "c", k, high))
         made.append(result(part, "unscanned", 0, {}))
         made[-1]["detections"] = {}
-    made += [result(test, "d", k, {"loss_ratio_full": 0.1, "pull": 0.9, "suspicion": 1.5}) for k in range(2)]
+    both = {"loss_ratio_half": 0.1, "loss_ratio_full": 0.1, "pull": 0.9, "suspicion": 1.5}
+    made += [result(test, "d", k, both) for k in range(2)]
     return made
 
 

@@ -40,7 +40,7 @@ from elijah.verdict import DEFAULT_RATE, Calibration
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = {"ncsn": "a variance-exploding (NCSN) model", "ldm": "a latent model"}
 # of a clean model, for the estimate alone
-TYPICAL_EVALUATIONS = {"lossfit": 4_500, "collapse": 15_000, "elijah": 51_000, "terd": 960_000}
+TYPICAL_EVALUATIONS = {"lossfit": 4_400, "collapse": 14_000, "elijah": 51_000, "terd": 960_000}
 EXPLODING_EVALUATIONS = {"lossfit": 18_000}  # where the outputs are tested in full, an eighth where not
 
 
