@@ -212,7 +212,7 @@ def test_a_finding_keeps_its_trigger_in_the_units_of_the_start_noise(kind: str) 
     assert describe(model, Finding(Response(1.0, 1.0), r * 1e6, None, 0.1, "x")).trigger.values is None
 
 
-@pytest.mark.parametrize(("kind", "says"), [("ddpm", "about 4,500 network"), ("ncsn", "about 18,000 network")])
+@pytest.mark.parametrize(("kind", "says"), [("ddpm", "about 4,400 network"), ("ncsn", "about 18,000 network")])
 def test_what_is_announced_knows_the_cost_of_a_sample(kind: str, says: str) -> None:
     said: list[str] = []
     model = new_model((1, 8, 8), seed=0, channels=(8, 8), kind=kind)
