@@ -48,9 +48,9 @@ class Held:
     """samplers: a stochastic and a deterministic one, of few steps, that tell what a trigger does.
 
     known: what the error of the best of as many outputs as there are flat starts may be at most by the first, over the
-    median of those without a trigger. rows: outputs of each start by the second; as_well: the same for the best of
-    them, of those with a correlation below likeness to their start. descent: to it, and the fit by gradient, where the
-    loss is at most `begin`. seen_steps: of DDIM, of the outputs whose median is then the target.
+    median of those without a trigger. rows: outputs of each start by the second; as_well: the same for these, of which
+    `targets` are led to, first those with a correlation below likeness to their start. descent: to them, and the fit by
+    gradient, where the least loss is at most `begin`. seen_steps: of DDIM, of the outputs whose median is the target.
     """
 
     samplers: tuple[str, str] = ("ddpm-10", "ddim-10")
