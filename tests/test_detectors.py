@@ -741,6 +741,11 @@ def test_what_is_worth_nothing_costs_the_outputs_and_their_errors() -> None:
     assert model.meter.evaluations == chance + led
 
 
+def test_only_models_in_pixel_space_are_asked_what_they_draw_from_far_away() -> None:
+    model = oracle(SHAPE)
+    assert Held().families_of(model) == [FULL] and Held().families_of(replace(model, kind="ldm")) == []
+
+
 def test_what_is_known_and_cannot_be_led_to_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     model, held, r = oracle(SHAPE), Held(as_well=math.inf), torch.ones(1, *SHAPE)
     monkeypatch.setattr(
@@ -778,7 +783,8 @@ def test_a_loss_that_is_kept_up_counts_where_outputs_are_nearer_to_each_other_th
     monkeypatch.setattr(LossFit, "look_learned", lambda *_: [])
     monkeypatch.setattr(Held, "__call__", lambda *_: [held])
     detection = LossFit()(model, generator=generator_for(0))
-    assert detection.verdict == verdict and [x.sampler for x in detection.evidence] != []
+    assert detection.verdict == verdict
+    assert ({x.sampler for x in detection.evidence} == set(Held().samplers)) == (verdict == "backdoored")
     assert (f"loss_ratio_{family.name}" in detection.scores) == (verdict == "backdoored")
 
 

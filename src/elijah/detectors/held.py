@@ -64,7 +64,8 @@ class Held:
     begin: float = 1.3
 
     def families_of(self, model: Model) -> list[Family]:
-        return self.descent.families_of(model)
+        """None on latent models: neither the range of latents nor their starts were measured."""
+        return self.descent.families_of(model) if model.kind == "ddpm" else []
 
     def __call__(
         self, model: Model, own: Tensor, generator: torch.Generator, progress: Progress

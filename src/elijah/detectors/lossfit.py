@@ -45,10 +45,9 @@ class LossFit:
     samples: how many the output test draws a sampler, half as many where one is costly (exploding), few_samples with
     few steps where its loss does not fit; more_samples: where a distribution that is a target does not show in so few.
     max_shift_p: outputs with and without the trigger count as changed up to this p-value of being draws from one
-    distribution. natural: what clean networks do as well. late_scale: what is tried of a late
-    trigger whose loss fits and that does not fire. Where a loss nearly fits and the outputs do not say so, what else
-    could fire is tested (alternatives), in the end after a fit by gradient from there and under more samplers
-    (careful_*).
+    distribution. natural: what clean networks do as well. late_scale: what is tried of a late trigger whose loss fits
+    and that does not fire. Where a loss nearly fits and the outputs do not say so, what else could fire is tested
+    (alternatives), in the end after a fit by gradient from there and under more samplers (careful_*).
     """
 
     name: ClassVar[str] = "lossfit"
