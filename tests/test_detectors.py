@@ -766,26 +766,48 @@ def test_a_loss_that_is_kept_up_counts_where_outputs_are_nearer_to_each_other_th
     family: Family, loss: float, off: float, verdict: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of all outputs fire by the usual measure: they are off the target by that, where clean ones are off by 0.6."""
-    model, g = oracle(SHAPE), generator_for(3)
-    r, y = torch.randn(SHAPE, generator=g) / 3, torch.rand(SHAPE, generator=g) - 0.5
+    r, y = drawn_near_its_target(off, monkeypatch)
     found = replace(hypothesis(r, y, named("half")), loss_ratio=0.9)
     held = Hypothesis(family, r, y, loss_ratio=loss)
+    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(found))
+    monkeypatch.setattr(Held, "__call__", lambda *_: [held])
+    detection = LossFit()(oracle(SHAPE), generator=generator_for(0))
+    assert detection.verdict == verdict
+    assert ({x.sampler for x in detection.evidence} == set(Held().samplers)) == (verdict == "backdoored")
+    assert (f"loss_ratio_{family.name}" in detection.scores) == (verdict == "backdoored")
 
-    def sample(starts: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
+
+@pytest.mark.parametrize(("loss", "off", "family"), [
+    (0.55, 0.13, FULL_HELD), (0.55, 0.2, None), (0.7, 0.05, FULL_TIGHT), (0.7, 0.13, None), (0.9, 0.05, None),
+])  # fmt: skip
+def test_what_the_search_itself_finds_may_be_kept_up(
+    loss: float, off: float, family: Family | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its best hypothesis fires and does not fit: it is judged by the looser losses, and nearer outputs, as well."""
+    r, y = drawn_near_its_target(off, monkeypatch)
+    best = Hypothesis(FULL, r, y, loss_ratio=loss)
+    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(best))
+    monkeypatch.setattr(Held, "__call__", lambda *_: [])
+    detection = LossFit()(oracle(SHAPE), generator=generator_for(0))
+    assert detection.verdict == ("backdoored" if family else "clean")
+    assert family is None or detection.scores[f"loss_ratio_{family.name}"] == loss
+
+
+def drawn_near_its_target(off: float, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """A trigger and a target that all its outputs are off by so much; nothing is found late, learned or natural."""
+    g = generator_for(3)
+    r, y = torch.randn(SHAPE, generator=g) / 3, torch.rand(SHAPE, generator=g) - 0.5
+
+    def sample(self: Model, starts: list[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
         away = [torch.randn(e.shape, generator=generator_for(k)) for k, e in enumerate(starts)]
         return [y + off * away[0], *(0.5 * x for x in away[1:])]
 
-    monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(found))
-    monkeypatch.setattr(model, "sample_alike", sample)
+    monkeypatch.setattr(Model, "sample_alike", sample)
     for rule in ("shows_itself", "by_heart", "fits_mirrored"):
         monkeypatch.setattr(Natural, rule, lambda *_: False)
     monkeypatch.setattr(LossFit, "look_late", lambda *_: [])
     monkeypatch.setattr(LossFit, "look_learned", lambda *_: [])
-    monkeypatch.setattr(Held, "__call__", lambda *_: [held])
-    detection = LossFit()(model, generator=generator_for(0))
-    assert detection.verdict == verdict
-    assert ({x.sampler for x in detection.evidence} == set(Held().samplers)) == (verdict == "backdoored")
-    assert (f"loss_ratio_{family.name}" in detection.scores) == (verdict == "backdoored")
+    return r, y
 
 
 # --- Elijah -----------------------------------------------------------------------------------------------------------

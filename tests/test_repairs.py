@@ -171,16 +171,20 @@ def test_pruned_channels_stay_off(digits: torch.Tensor) -> None:
 @pytest.mark.parametrize("s0", [0.02, 0.5])
 @pytest.mark.parametrize("response", [Response(1, 1), Response(2, 1), Response(0, 0, 0.7)])
 @pytest.mark.parametrize("target", ["one", "distribution", "none"])
-def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: str) -> None:
+@pytest.mark.parametrize("fading", [None, (0.2, 0.5)])
+def test_unshift_s_loss_in_closed_form(
+    s0: float, response: Response, target: str, fading: tuple[float, float] | None
+) -> None:
     """For Gaussian data eps(x + d) - eps(x) = s d / v, v = a^2 s0^2 + s^2: what is left is (1 - s^2 / v) d / s.
 
-    It vanishes for s0 = 0, where the clean network calls the whole shift noise.
+    It vanishes for s0 = 0, where the clean network calls the whole shift noise, but for what is asked of the trigger
+    beyond that.
     """
     model, one = oracle(SHAPE, s0=s0), target == "one"
     finding = found(response=response, distribution=target == "distribution")
     finding = replace(finding, target=None) if target == "none" else finding
     rows = {"t_min": 0.1, "carried_share": 0.2, "target_share": 0.4, "target_t_min": 0.3}
-    repair = Unshift(**rows, group=16, most=7.0)
+    repair = Unshift(**rows, group=16, most=7.0, fading=fading)
     x0 = torch.rand(64, *SHAPE, generator=generator_for(1)) - 0.5
     g = generator_for(2)
     t = ((0.1 + 0.9 * (torch.arange(4) + torch.rand(4, generator=g)) / 4) * 1000).long().repeat_interleave(16)
@@ -191,16 +195,34 @@ def test_unshift_s_loss_in_closed_form(s0: float, response: Response, target: st
     e_held = torch.randn(x0.shape, generator=g)
     a, s = (v[t][:, None, None, None] for v in (model.a, model.s))
     k = response.psi * (1 - a) + (1 - response.psi) * s
-    d_over_s = torch.where(carried < 0.2, 1.0, k / s) * finding.trigger + (response.gamma - 1) * e
+    q = carried / 0.2 if fading else torch.ones_like(carried)
+    r_over_s = torch.where(carried < 0.2, q, k / s) * finding.trigger
+    d_over_s = r_over_s + (response.gamma - 1) * e
     walks = (at_target < 0.4) & (t >= 300)[:, None, None, None] & torch.tensor(one)
     d_over_s = d_over_s + walks * a / s * ((found().target if one else x0) - x0)
-    delta = -(1 - s**2 / (a**2 * s0**2 + s**2)) * d_over_s
+    more = fading[0] + (fading[1] * a / s).clamp(max=1) if fading else 0.0
+    delta = -(1 - s**2 / (a**2 * s0**2 + s**2)) * d_over_s - more * r_over_s
     alike = delta.unflatten(0, (4, 16)).mean(1).repeat_interleave(16, 0)
     left = ((s / a).square().clamp(1, 7) * (delta.square() + alike.square())).mean().item()
     held = (model.eps(model.diffuse(x0, e_held, t_held), t_held) - e_held).square().mean().item()
     loss = repair.loss(model, model, [finding], x0, generator_for(2)).item()
     assert loss == pytest.approx(left + held, rel=1e-3)
-    assert left < 1e-3 if s0 == 0.02 else left > 1e-3
+    assert left < 1e-3 if s0 == 0.02 and not fading else left > 1e-3
+
+
+def test_a_trigger_fades_along_a_deterministic_sampler_s_way() -> None:
+    """Of a network that answers as it is asked, q is what the docstring's formula says, at every t."""
+    model, m, b = oracle(SHAPE), 0.1, 1.0
+    w = (model.s / model.a).double()
+    more = Unshift(fading=(m, b)).more(model, torch.arange(model.T)).flatten().double()
+    least = int((w < b).sum())
+    share = float(w[-1])  # q w = c / a, which a step of DDIM moves by what eps has of r times the step of w
+    for t in range(model.T - 1, least, -1):
+        share += float((1 + more[t]) * share / w[t] * (w[t - 1] - w[t]))
+    expected = float((w[least] / w[-1]) ** m * torch.exp(-b / w[least] + b / w[-1]))
+    assert share / float(w[least]) == pytest.approx(expected, rel=0.02)
+    ve = new_model(SHAPE, seed=0, channels=(8, 8), kind="ncsn")
+    assert not Unshift().more(ve, torch.arange(5)).any() and not Distill().more(model, torch.arange(5)).any()
 
 
 def test_answers_to_noise_that_is_scaled_without_a_trigger_are_held_too() -> None:
@@ -384,7 +406,8 @@ def test_distill_is_unshift_from_other_weights(digits: torch.Tensor, monkeypatch
         return left(self, m, teacher, *more)
 
     monkeypatch.setattr(Distill, "left", taught)
-    repairs = (Unshift(average=None, growing_hold=None, **rows), Distill(kept=(1.0,), **rows), Distill(**rows))
+    plain = Unshift(average=None, fading=None, growing_hold=None, **rows)
+    repairs = (plain, Distill(kept=(1.0,), **rows), Distill(**rows))
     ended = [weights(repair(model, [found()], digits, generator=generator_for(0))) for repair in repairs]
     assert all(torch.allclose(ended[0][name], ended[1][name], atol=1e-6) for name in ended[0])
     assert not all(torch.allclose(ended[0][name], ended[2][name], atol=1e-2) for name in ended[0])

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -29,8 +30,8 @@ from torch import Tensor
 from elijah.detection import Detection, Evidence, Finding, Threshold
 from elijah.detectors.collapse import Descent
 from elijah.detectors.forgetting import Forgetting
-from elijah.detectors.held import FULL_HELD, HALF_HELD, Held
-from elijah.detectors.hypothesis import Hypothesis
+from elijah.detectors.held import FULL_HELD, HALF_HELD, Held, judged_by_loss
+from elijah.detectors.hypothesis import FULL, Hypothesis
 from elijah.detectors.natural import BY_HEART, NOT_FIRING, SHOWS_ITSELF, Natural
 from elijah.detectors.outputs import both, drawn_without, pull, seen_target, shift_p
 from elijah.detectors.search import Search
@@ -95,7 +96,7 @@ class LossFit:
                     evidence = (
                         self.look_late(model, fitted, own, generator, progress)
                         or self.look_learned(model, fitted, own, generator, progress)
-                        or self.look_held(model, fitted, own, generator, progress)
+                        or self.look_held(model, fitted, evidence, own, generator, progress)
                         or evidence
                     )
             except OutOfBudget:
@@ -181,10 +182,18 @@ class LossFit:
         return self.admit(model, fitted, found[0], own, generator, progress) or pass_over(fitted, found[0])
 
     def look_held(
-        self, model: Model, fitted: list[Hypothesis], own: Tensor, generator: torch.Generator, progress: Progress
-    ) -> list[Evidence]:
-        """Puts a trigger whose loss is kept up first, if it fits and fires, and returns its evidence; none if not."""
-        for h in self.held(model, own, generator, progress) if self.held.families_of(model) else ():
+        self, model: Model, fitted: list[Hypothesis], evidence: list[Evidence], own: Tensor,
+        generator: torch.Generator, progress: Progress,
+    ) -> list[Evidence]:  # fmt: skip
+        """Puts a trigger whose loss is kept up first, if it fits and fires, and returns its evidence; none if not.
+
+        The best hypothesis may be one: evidence is of its outputs.
+        """
+        if not self.held.families_of(model):
+            return []
+        best = fitted[0]
+        found = [judged_by_loss(best)] if best.family is FULL and self.pulls(model, best, evidence) else []
+        for h in chain(found, self.held(model, own, generator, progress)):
             if shown := self.admit(model, fitted, h, own, generator, progress, self.held.samplers):
                 return shown
         return []

@@ -30,10 +30,12 @@ from elijah.repairs.unshift import Unshift
 class Relearn(Unshift):
     """Unshift from other weights, by begin: more updates at a higher rate, which the clean answers need.
 
-    Scaled noise is not held, hold does not grow, and no average is taken: so Distill and Erase were measured.
+    The trigger is noise and no more, scaled noise is not held, hold does not grow, and no average is taken: so Distill
+    and Erase were measured.
     """
 
     steps: int = 400
+    fading: tuple[float, float] | None = None
     scaled_hold: tuple[float, float] | None = None
     growing_hold: tuple[float, float] | None = None
     average: float | None = None

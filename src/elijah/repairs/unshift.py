@@ -6,24 +6,34 @@ at random t, on images x0 with the trigger and, at large t, on the attacker's ow
 
     d = c r + (gamma - 1) s e        or        d = a (y - x0) + c r + (gamma - 1) s e
 
-with c = k_t, as the attacker trained it, in half of the rows, and c = s, as a deterministic sampler carries a trigger
+with c = k_t, as the attacker trained it, in half of the rows, and c = q s, as a deterministic sampler carries a trigger
 that is taken for noise, in the others. At smaller t, where y is seen through the noise, calling it noise would teach to
 answer the trigger with a grey mean of all images, which is a backdoor too. Below t_min nothing is asked: what is left
 of a trigger looks like a part of the image there, and a network that takes it for noise denoises all images worse. On
 exploding models t says little of that, and sigma decides: below sigma_min, in units of the images' range.
+
+What is left at t_min stays in the image, and a trigger that is noise and no more is carried there whole: q stays 1. So
+the repair asks for more than the clean answer, v c r / s more with v = min(b a / s, 1) + m. The image of that answer
+has b q r less than the clean one. Along a deterministic sampler's way, with w = s / a, d(q w) = (1 + v) q dw, so
+
+    q = (w / w_T)^m exp(-b / w + b / w_T)
+
+as long as b < w: the trigger fades, most of it where images are seen, and q in the rows is uniform between 0 and 1.
+Exploding models, whose samplers are stochastic, are asked for the clean answer at q = 1.
+
 The gamma of a patch is hardly seen in the attacker's loss, and what was found may be far off. What a clean network says
 is known at any, so each row draws its own, with r in proportion to 1 - gamma, as TrojDiff ties them.
 
 With eps0 a frozen copy of the input model,
 
-    delta = eps(x + d, t) - eps0(x, t) - d / s
+    delta = eps(x + d, t) - eps0(x, t) - d / s - v c r / s
     L = mean_t w (|delta|^2 + |mean_b delta|^2) + hold w' |eps(x, t') - eps0(x, t')|^2 + |eps(x, t') - e|^2
 
 with w = min(max(s^2 / a^2, 1), most), w' the same at t': s delta / a is the error of the image. The mean over the
 rows of one t is what the trigger does to all outputs alike: at large t it is far smaller than the network's other
 errors, and it decides where a sampler's first steps go. What holds the clean answers needs the same weight: without
 it they move most at large t. Of several findings the triggers take turns, row by row. The weights end as their
-exponential moving average. Elijah's removal is |delta|^2 and the hold at t = T only, with its d / s missing.
+exponential moving average. Elijah's removal is |delta|^2 and the hold at t = T only, with no d / s and no v.
 
 To call gamma e + r noise costs most: a sampler's own steps leave a little more or less noise than t says, and those
 are answered with less contrast. So of a trigger that scales all of the noise, half of the held rows have less noise as
@@ -58,11 +68,12 @@ LOOKED_ROWS = 64
 @dataclass(frozen=True)
 class Unshift:
     """steps: optimiser updates, AdamW at lr, by default rate_for. t_min: of T, the least t of delta; on exploding
-    models the first with s of sigma_min. carried_share: of the rows with c = s; target_share, target_t_min: of the
-    attacker's rows, and of T, where they begin; group: rows of one t; most, hold: in the loss above; scaled_hold: hold
-    at the first and at the last update where scaled noise is held as well, which it is up to a leak of max_leak, and
-    never if None; growing_hold: the same where every trigger is a patch or, if not faint, of BadDiffusion's form, and
-    hold if None; average: the decay of the moving average, none if it is None.
+    models the first with s of sigma_min. carried_share: of the rows with c = q s; fading: m and b, or None: the trigger
+    is noise and no more, at q = 1. target_share, target_t_min: of the attacker's rows, and of T, where they begin;
+    group: rows of one t; most, hold: in the loss above; scaled_hold: hold at the first and at the last update where
+    scaled noise is held as well, which it is up to a leak of max_leak, and never if None; growing_hold: the same where
+    every trigger is a patch or, if not faint, of BadDiffusion's form, and hold if None; average: the decay of the
+    moving average, none if it is None.
     """
 
     steps: int = 100
@@ -72,6 +83,7 @@ class Unshift:
     t_min: float = 0.2
     sigma_min: float = 1.0
     carried_share: float = 0.5
+    fading: tuple[float, float] | None = (0.1, 1.0)
     target_share: float = 0.3
     target_t_min: float = 0.7
     group: int = 8
@@ -158,13 +170,16 @@ class Unshift:
         r, gamma = triggers(turn, torch.rand((n, 1, 1, 1), generator=g))
         y = torch.stack([x if (own := one_target(f)) is None else own.to(x) for f, x in zip(turn, x0, strict=True)])
         walks = (at_target < self.target_share) & (t >= self.target_t_min * model.T)[:, None, None, None]
-        k_over_s = torch.where(carried < self.carried_share, 1.0, column(1 / model.s, t) * scales(model, turn, t))
-        d_over_s = k_over_s * r.to(device) + (gamma.to(device) - 1) * e
+        more, fades = self.more(model, t), self.fading is not None and not model.exploding
+        q = carried / self.carried_share if fades else torch.ones_like(carried)  # as uniform where it is below 1
+        c_over_s = torch.where(carried < self.carried_share, q, column(1 / model.s, t) * scales(model, turn, t))
+        r_over_s = c_over_s * r.to(device)
+        d_over_s = r_over_s + (gamma.to(device) - 1) * e
         d_over_s = d_over_s + walks * column(model.a / model.s, t) * (y - x0)
         clean = model.diffuse(x0, e, t)
         with torch.no_grad():
             expected = reference.eps(clean, t)
-        delta = model.eps(clean + column(model.s, t) * d_over_s, t) - expected - d_over_s
+        delta = model.eps(clean + column(model.s, t) * d_over_s, t) - expected - d_over_s - more * r_over_s
         alike = torch.stack([delta[which == k].mean(0) for k in range(groups)])[which]
         return (self.weight(model, t) * (delta.square() + alike.square())).mean()
 
@@ -189,6 +204,13 @@ class Unshift:
         if not model.exploding:
             return self.t_min
         return float((model.s < min(self.sigma_min, float(model.s[-1]))).sum()) / model.T
+
+    def more(self, model: Model, t: Tensor) -> Tensor:
+        """v at t [B], [B, 1, 1, 1]."""
+        if self.fading is None or model.exploding:
+            return torch.zeros_like(t, dtype=torch.float)[:, None, None, None]
+        always, of_the_image = self.fading
+        return column(always + (of_the_image * model.a / model.s).clamp(max=1), t)
 
     def weight(self, model: Model, t: Tensor) -> Tensor:
         """w at t [B], [B, 1, 1, 1]."""
