@@ -22,7 +22,7 @@ from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.metrics import paired_drift
 from elijah.repairs import DEFAULT, REPAIRS, Distill, Erase, Prune, Unshift
 from elijah.repairs.erase import OUTER, erasing
-from elijah.repairs.unshift import held_shares, leak, triggers
+from elijah.repairs.unshift import FADES, held_shares, leak, triggers
 from elijah.response import Response
 from elijah.trigger import make_trigger
 
@@ -200,7 +200,8 @@ def test_unshift_s_loss_in_closed_form(
     d_over_s = r_over_s + (response.gamma - 1) * e
     walks = (at_target < 0.4) & (t >= 300)[:, None, None, None] & torch.tensor(one)
     d_over_s = d_over_s + walks * a / s * ((found().target if one else x0) - x0)
-    more = fading[0] + (fading[1] * a / s).clamp(max=1) if fading else 0.0
+    ramp = ((t / 1000 - 0.3) / 0.1).clamp(0, 1)[:, None, None, None]
+    more = ramp * (fading[0] + (fading[1] * a / s).clamp(max=1)) if fading else 0.0
     delta = -(1 - s**2 / (a**2 * s0**2 + s**2)) * d_over_s - more * r_over_s
     alike = delta.unflatten(0, (4, 16)).mean(1).repeat_interleave(16, 0)
     left = ((s / a).square().clamp(1, 7) * (delta.square() + alike.square())).mean().item()
@@ -215,7 +216,8 @@ def test_a_trigger_fades_along_a_deterministic_sampler_s_way() -> None:
     model, m, b = oracle(SHAPE), 0.1, 1.0
     w = (model.s / model.a).double()
     more = Unshift(fading=(m, b)).more(model, torch.arange(model.T)).flatten().double()
-    least = int((w < b).sum())
+    least = int(FADES[1] * model.T)
+    assert w[least] > b and not more[: int(FADES[0] * model.T)].any() and 0 < more[350] < more[400]
     share = float(w[-1])  # q w = c / a, which a step of DDIM moves by what eps has of r times the step of w
     for t in range(model.T - 1, least, -1):
         share += float((1 + more[t]) * share / w[t] * (w[t - 1] - w[t]))

@@ -13,13 +13,14 @@ of a trigger looks like a part of the image there, and a network that takes it f
 exploding models t says little of that, and sigma decides: below sigma_min, in units of the images' range.
 
 What is left at t_min stays in the image, and a trigger that is noise and no more is carried there whole: q stays 1. So
-the repair asks for more than the clean answer, v c r / s more with v = min(b a / s, 1) + m. The image of that answer
-has b q r less than the clean one. Along a deterministic sampler's way, with w = s / a, d(q w) = (1 + v) q dw, so
+the repair asks for more than the clean answer, v c r / s more with v = m + min(b a / s, 1), times a ramp from 0 to 1
+over FADES, of T: below, it would cost detail. The image of that answer has about b q r less than the clean one. Along a
+deterministic sampler's way, with w = s / a, d(q w) = (1 + v) q dw, so
 
     q = (w / w_T)^m exp(-b / w + b / w_T)
 
-as long as b < w: the trigger fades, most of it where images are seen, and q in the rows is uniform between 0 and 1.
-Exploding models, whose samplers are stochastic, are asked for the clean answer at q = 1.
+as long as b < w and the ramp is 1: the trigger fades, and q in the rows is uniform between 0 and 1. Exploding models,
+whose samplers are stochastic, are asked for the clean answer at q = 1.
 
 The gamma of a patch is hardly seen in the attacker's loss, and what was found may be far off. What a clean network says
 is known at any, so each row draws its own, with r in proportion to 1 - gamma, as TrojDiff ties them.
@@ -61,6 +62,7 @@ from elijah.training import Optimiser, optimise
 GAMMAS = (0.05, 1.0)  # of patches, whose trigger is LARGEST times the found one at the most
 LARGEST = 2.0
 FAINT_RMS = 0.45  # of a trigger, up to which it is a faint one
+FADES = (0.3, 0.4)  # of T, from where on a trigger is asked to fade
 LOOKED_AT = 0.7  # of T, from where on leak looks
 LOOKED_ROWS = 64
 
@@ -210,7 +212,8 @@ class Unshift:
         if self.fading is None or model.exploding:
             return torch.zeros_like(t, dtype=torch.float)[:, None, None, None]
         always, of_the_image = self.fading
-        return column(always + (of_the_image * model.a / model.s).clamp(max=1), t)
+        ramp = ((torch.arange(model.T, device=t.device) / model.T - FADES[0]) / (FADES[1] - FADES[0])).clamp(0, 1)
+        return column(ramp * (always + (of_the_image * model.a / model.s).clamp(max=1)), t)
 
     def weight(self, model: Model, t: Tensor) -> Tensor:
         """w at t [B], [B, 1, 1, 1]."""
