@@ -22,7 +22,7 @@ from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.metrics import paired_drift
 from elijah.repairs import DEFAULT, REPAIRS, Distill, Erase, Prune, Unshift
 from elijah.repairs.erase import OUTER, erasing
-from elijah.repairs.unshift import FADES, held_shares, leak, triggers
+from elijah.repairs.unshift import held_shares, leak, triggers
 from elijah.response import Response
 from elijah.trigger import make_trigger
 
@@ -216,8 +216,8 @@ def test_a_trigger_fades_along_a_deterministic_sampler_s_way() -> None:
     model, m, b = oracle(SHAPE), 0.1, 1.0
     w = (model.s / model.a).double()
     more = Unshift(fading=(m, b)).more(model, torch.arange(model.T)).flatten().double()
-    least = int(FADES[1] * model.T)
-    assert w[least] > b and not more[: int(FADES[0] * model.T)].any() and 0 < more[350] < more[400]
+    least = int(Unshift().fades[1] * model.T)
+    assert w[least] > b and not more[: int(Unshift().fades[0] * model.T)].any() and 0 < more[350] < more[400]
     share = float(w[-1])  # q w = c / a, which a step of DDIM moves by what eps has of r times the step of w
     for t in range(model.T - 1, least, -1):
         share += float((1 + more[t]) * share / w[t] * (w[t - 1] - w[t]))

@@ -14,8 +14,8 @@ exploding models t says little of that, and sigma decides: below sigma_min, in u
 
 What is left at t_min stays in the image, and a trigger that is noise and no more is carried there whole: q stays 1. So
 the repair asks for more than the clean answer, v c r / s more with v = m + min(b a / s, 1), times a ramp from 0 to 1
-over FADES, of T: below, it would cost detail. The image of that answer has about b q r less than the clean one. Along a
-deterministic sampler's way, with w = s / a, d(q w) = (1 + v) q dw, so
+over `fades` of T: below, it would cost detail. The image of that answer has about b q r less than the clean one. Along
+a deterministic sampler's way, with w = s / a, d(q w) = (1 + v) q dw, so
 
     q = (w / w_T)^m exp(-b / w + b / w_T)
 
@@ -62,7 +62,6 @@ from elijah.training import Optimiser, optimise
 GAMMAS = (0.05, 1.0)  # of patches, whose trigger is LARGEST times the found one at the most
 LARGEST = 2.0
 FAINT_RMS = 0.45  # of a trigger, up to which it is a faint one
-FADES = (0.3, 0.4)  # of T, from where on a trigger is asked to fade
 LOOKED_AT = 0.7  # of T, from where on leak looks
 LOOKED_ROWS = 64
 
@@ -71,11 +70,11 @@ LOOKED_ROWS = 64
 class Unshift:
     """steps: optimiser updates, AdamW at lr, by default rate_for. t_min: of T, the least t of delta; on exploding
     models the first with s of sigma_min. carried_share: of the rows with c = q s; fading: m and b, or None: the trigger
-    is noise and no more, at q = 1. target_share, target_t_min: of the attacker's rows, and of T, where they begin;
-    group: rows of one t; most, hold: in the loss above; scaled_hold: hold at the first and at the last update where
-    scaled noise is held as well, which it is up to a leak of max_leak, and never if None; growing_hold: the same where
-    every trigger is a patch or, if not faint, of BadDiffusion's form, and hold if None; average: the decay of the
-    moving average, none if it is None.
+    is noise and no more, at q = 1; fades: of T, the ramp of v. target_share, target_t_min: of the attacker's rows, and
+    of T, where they begin; group: rows of one t; most, hold: in the loss above; scaled_hold: hold at the first and at
+    the last update where scaled noise is held as well, which it is up to a leak of max_leak, and never if None;
+    growing_hold: the same where every trigger is a patch or, if not faint, of BadDiffusion's form, and hold if None;
+    average: the decay of the moving average, none if it is None.
     """
 
     steps: int = 100
@@ -86,6 +85,7 @@ class Unshift:
     sigma_min: float = 1.0
     carried_share: float = 0.5
     fading: tuple[float, float] | None = (0.1, 1.0)
+    fades: tuple[float, float] = (0.3, 0.4)
     target_share: float = 0.3
     target_t_min: float = 0.7
     group: int = 8
@@ -211,8 +211,8 @@ class Unshift:
         """v at t [B], [B, 1, 1, 1]."""
         if self.fading is None or model.exploding:
             return torch.zeros_like(t, dtype=torch.float)[:, None, None, None]
-        always, of_the_image = self.fading
-        ramp = ((torch.arange(model.T, device=t.device) / model.T - FADES[0]) / (FADES[1] - FADES[0])).clamp(0, 1)
+        (always, of_the_image), (first, last) = self.fading, self.fades
+        ramp = ((torch.arange(model.T, device=t.device) / model.T - first) / (last - first)).clamp(0, 1)
         return column(ramp * (always + (of_the_image * model.a / model.s).clamp(max=1)), t)
 
     def weight(self, model: Model, t: Tensor) -> Tensor:
