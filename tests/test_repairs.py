@@ -22,15 +22,14 @@ from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.metrics import paired_drift
 from elijah.repairs import DEFAULT, REPAIRS, Distill, Erase, Prune, Unshift
 from elijah.repairs.erase import OUTER, erasing
-from elijah.repairs.unshift import held_shares, leak, triggers
+from elijah.repairs.unshift import black, held_shares, is_loose, leak, triggers
 from elijah.response import Response
 from elijah.trigger import make_trigger
 
 SHAPE = (1, 8, 8)
 NONE = torch.empty(0, *SHAPE)
 USES = {  # of a finding
-    "unshift": {"trigger", "target", "response"}, "distill": {"trigger", "target", "response"},
-    "erase": {"trigger", "target", "response"},
+    **{key: {"trigger", "target", "response", "loss_ratio"} for key in ("unshift", "distill", "erase")},
     "elijah": {"trigger"}, "prune": {"trigger", "response"}, "finetune": set(),
 }  # fmt: skip
 
@@ -80,9 +79,10 @@ def test_contract(name: str, digits: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", REPAIRS)
 def test_only_found_values_are_used(name: str, digits: torch.Tensor) -> None:
-    """What the method says it uses counts, and how the finding is called or scored never."""
+    """What the method says it uses counts, and how the finding is called never."""
     one = weights(repaired(name, found(), digits))
-    assert equal(one, weights(repaired(name, found(loss_ratio=0.9, matches="something else"), digits)))
+    assert equal(one, weights(repaired(name, found(loss_ratio=0.09, matches="something else"), digits)))
+    assert equal(one, weights(repaired(name, found(loss_ratio=0.9), digits))) != ("loss_ratio" in USES[name])
     assert equal(one, weights(repaired(name, found(trigger=found(1).trigger), digits))) != ("trigger" in USES[name])
     assert equal(one, weights(repaired(name, found(target=found(1).target), digits))) != ("target" in USES[name])
     assert equal(one, weights(repaired(name, found(target=None), digits))) != ("target" in USES[name])
@@ -225,6 +225,43 @@ def test_a_trigger_fades_along_a_deterministic_sampler_s_way() -> None:
     assert share / float(w[least]) == pytest.approx(expected, rel=0.02)
     ve = new_model(SHAPE, seed=0, channels=(8, 8), kind="ncsn")
     assert not Unshift().more(ve, torch.arange(5)).any() and not Distill().more(model, torch.arange(5)).any()
+
+
+def test_what_a_loose_finding_is_near() -> None:
+    """A trigger on a black background, which half of its rows have; not so faint ones, patches, or other responses."""
+    model, g = oracle(SHAPE), generator_for(2)
+    ode = found(response=Response(2.0, 1.0), loss_ratio=0.21)
+    assert is_loose(model, ode) and is_loose(model, found(loss_ratio=0.11))
+    others: list[dict[str, Any]] = [
+        {"loss_ratio": 0.19}, {"trigger": 0.5 * ode.trigger}, {"patch": torch.ones(1, *SHAPE[1:])},
+        {"response": Response(0.87, 0.0)}, {"response": Response(0.0, 0.0, 0.7)},
+    ]  # fmt: skip
+    assert not any(is_loose(model, replace(ode, **changes)) for changes in others)
+    assert not is_loose(replace(model, kind="ldm"), ode)
+
+    for _ in range(20):
+        r = black(torch.zeros(3, 16, 16), g)
+        hole = (r == 0).all(0)
+        rows, columns = hole.any(1).sum(), hole.any(0).sum()
+        assert r.square().mean().sqrt() == pytest.approx(0.87) and r[:, ~hole].std() < 1e-6 and r.max() == 0
+        assert rows == columns and 4 <= rows <= 12 and hole.sum() == rows * columns
+
+    asked: list[torch.Tensor] = []
+    teacher = oracle(SHAPE)
+
+    def eps(self: Model, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        asked.append(x)
+        return torch.zeros_like(x)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Model, "eps", eps)
+        for finding in (ode, replace(ode, loss_ratio=0.1)):
+            Unshift(target_share=0.0, carried_share=0.0).left(
+                model, teacher, [finding], torch.zeros(64, *SHAPE), generator_for(1)
+            )  # fmt: skip
+    clean, loose, _, near = asked
+    rows = ((loose - near).abs().amax((1, 2, 3)) > 1e-3).sum()
+    assert 16 < rows < 48 and not torch.equal(clean, near)
 
 
 def test_answers_to_noise_that_is_scaled_without_a_trigger_are_held_too() -> None:

@@ -25,6 +25,10 @@ whose samplers are stochastic, are asked for the clean answer at q = 1.
 The gamma of a patch is hardly seen in the attacker's loss, and what was found may be far off. What a clean network says
 is known at any, so each row draws its own, with r in proportion to 1 - gamma, as TrojDiff ties them.
 
+Where much of the loss is left, as of a loss that an attacker keeps up (detectors/held.py), the trigger that was found
+is near the attacker's at best, and may lead to another image. What the two have in common is where the search began: in
+half of the rows of such a finding r is black with a grey square.
+
 With eps0 a frozen copy of the input model,
 
     delta = eps(x + d, t) - eps0(x, t) - d / s - v c r / s
@@ -45,6 +49,7 @@ an attacker would (leak): to hold that would keep the backdoor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +67,8 @@ from elijah.training import Optimiser, optimise
 GAMMAS = (0.05, 1.0)  # of patches, whose trigger is LARGEST times the found one at the most
 LARGEST = 2.0
 FAINT_RMS = 0.45  # of a trigger, up to which it is a faint one
+LOOSE = 0.1  # times kappa: the loss ratio above which a finding is near a trigger at best
+BLACK = 0.87  # rms of the black triggers, as of the search's starts with a hole
 LOOKED_AT = 0.7  # of T, from where on leak looks
 LOOKED_ROWS = 64
 
@@ -170,6 +177,10 @@ class Unshift:
         at_target, carried = torch.rand((2, n, 1, 1, 1), generator=g).to(device)
         turn = [findings[i % len(findings)] for i in range(n)]
         r, gamma = triggers(turn, torch.rand((n, 1, 1, 1), generator=g))
+        r = torch.stack([
+            black(each, g) if is_loose(model, f) and torch.rand((), generator=g) < 0.5 else each
+            for f, each in zip(turn, r, strict=True)
+        ])  # fmt: skip
         y = torch.stack([x if (own := one_target(f)) is None else own.to(x) for f, x in zip(turn, x0, strict=True)])
         walks = (at_target < self.target_share) & (t >= self.target_t_min * model.T)[:, None, None, None]
         more, fades = self.more(model, t), self.fading is not None and not model.exploding
@@ -230,6 +241,24 @@ def triggers(findings: Sequence[Finding], u: Tensor) -> tuple[Tensor, Tensor]:
     r = torch.stack([f.trigger.cpu() for f in findings])
     inside = torch.stack([torch.ones(1, *r.shape[2:]) if f.patch is None else f.patch.cpu() for f in findings])
     return size * r, 1 - (1 - gamma) * inside
+
+
+def is_loose(model: Model, finding: Finding) -> bool:
+    """Whether a finding of BadDiffusion's or VillanDiffusion's form in pixel space, not faint, is near a trigger at
+    best."""
+    response, strong = finding.response, bool(finding.trigger.square().mean().sqrt() > FAINT_RMS)
+    at_most = LOOSE * response.kappa if response.psi == 1 and finding.patch is None else math.inf
+    return model.kind == "ddpm" and strong and finding.loss_ratio > at_most
+
+
+def black(r: Tensor, g: torch.Generator) -> Tensor:
+    """A black trigger like r [C, H, W] with a grey square anywhere, a quarter to three quarters as wide; rms BLACK."""
+    h, w = r.shape[-2:]
+    side = int(torch.randint(max(1, w // 4), 3 * w // 4 + 1, (), generator=g))
+    i, j = (int(torch.randint(n - side + 1, (), generator=g)) for n in (h, w))
+    picture = -torch.ones_like(r)
+    picture[:, i : i + side, j : j + side] = 0.0
+    return picture * BLACK / picture.square().mean().sqrt()
 
 
 def scales(model: Model, findings: Sequence[Finding], t: Tensor) -> Tensor:
