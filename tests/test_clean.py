@@ -445,6 +445,27 @@ def test_a_second_trigger_is_repaired_with_the_first(
     )
 
 
+@pytest.mark.parametrize(("loss", "said", "asked", "rounds"), [
+    (0.1, ("backdoored", "clean"), [0, 1], 1),
+    (0.2, ("backdoored", "clean"), [0, 1, 7, 13, 19], 1),
+    (0.2, ("backdoored", "clean", "backdoored", "clean"), [0, 1, 7, 2, 8, 14, 20], 2),
+])  # fmt: skip
+def test_where_much_of_a_loss_is_left_several_rescans_look(
+    run: Run, verdicts: Verdicts, monkeypatch: pytest.MonkeyPatch, loss: float, said: tuple[str, ...],
+    asked: list[int], rounds: int,
+) -> None:  # fmt: skip
+    """Until one finds what acts: chance decides what is found there, so one clean rescan says little."""
+    seeds, inspect = verdicts(*said), cleaning.inspect
+
+    def loose(*given: Any) -> tuple[Detection, Report]:
+        found, report = inspect(*given)
+        return replace(found, findings=[replace(f, loss_ratio=loss) for f in found.findings]), report
+
+    monkeypatch.setattr(cleaning, "inspect", loose)
+    done = run().cleaning
+    assert seeds == asked and done and done.rounds == rounds
+
+
 def test_images_near_the_target_are_not_repaired_with(
     verdicts: Verdicts, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,12 +32,13 @@ from elijah.loading import load_model
 from elijah.metrics import diversity_ratio, paired_drift
 from elijah.repairs import DEFAULT as DEFAULT_REPAIR
 from elijah.repairs import REPAIRS
-from elijah.repairs.unshift import one_target
+from elijah.repairs.unshift import is_loose, one_target
 from elijah.report import CleaningInfo, CleanReport, Report, finite
 from elijah.scan import as_dtype, describe, inspect, picture
 from elijah.synthetic import LEAST, no_target, screened, screening_words, synthesise
 
 ROUNDS = 6  # of repair and rescan, at the most
+SEEDS = 4  # of a rescan where much of a finding's loss is left
 SYNTHETIC = 512  # images that the model samples itself where no data are given; an eighth if they are costly
 SAMPLES = 16
 LED = 0.1  # of the clean outputs' median MSE to a found target: what a clean network cannot be led within
@@ -143,7 +144,8 @@ def remove(
     Each repair starts from the last one's model and is told of all findings so far, so that none comes back. Ends when
     nothing that was found fires any more, also where the rescan is undecided for its loss alone: every repair costs
     quality, and what does nothing gives it nothing to remove. And when the guard says that the model was harmed. A
-    rescan that finds nothing looks for a target by chance; the targets that were found are asked for (led_back).
+    rescan that finds nothing looks for a target by chance; the targets that were found are asked for (led_back), and
+    where much of a finding's loss is left several rescans look.
     """
     done, found, new = Removal(model), detection, True
     for k in range(1, ROUNDS + 1):
@@ -160,7 +162,7 @@ def remove(
         done.numbers, measured = processes.agreed(compare(model, done, detection, seed))
         done.harm = measured.harm
         progress("note: scanning again with fresh seeds", 0, 0)
-        found, after = processes.agreed(inspect(fixed, settings, seed + k, progress))
+        found, after = rescan(fixed, done.findings, settings, seed + k, progress)
         done.rescans.append(after)
         new, done.fires = bool(found.findings) and acts(found), False
         if done.harm:
@@ -173,6 +175,18 @@ def remove(
             done.findings += led if k < ROUNDS else []
             progress("note: noise still leads to an image that was found: repairing on", 0, 0)
     return done
+
+
+def rescan(
+    model: Model, findings: list[Finding], settings: dict[str, Any], seed: int, progress: Progress
+) -> tuple[Detection, Report]:
+    """The scan of a repaired model. If one of its findings is loose, which chance decides, up to SEEDS of them, and the
+    first that finds what acts."""
+    for k in range(SEEDS if any(is_loose(model, f) for f in findings) else 1):
+        found, after = processes.agreed(inspect(model, settings, seed + k * ROUNDS, progress))
+        if found.findings and acts(found):
+            break
+    return found, after
 
 
 def acts(found: Detection) -> bool:
