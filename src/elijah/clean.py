@@ -40,6 +40,10 @@ from elijah.synthetic import LEAST, no_target, screened, screening_words, synthe
 ROUNDS = 6  # of repair and rescan, at the most
 SEEDS = 4  # of a rescan where much of a finding's loss is left
 SYNTHETIC = 512  # images that the model samples itself where no data are given; an eighth if they are costly
+NEAR_AT_BEST = (
+    "much of the loss of what was repaired is left, as attackers who know this detector leave it: their trigger may be"
+    " another, and a rescan may miss it"
+)
 SAMPLES = 16
 LED = 0.1  # of the clean outputs' median MSE to a found target: what a clean network cannot be led within
 MOST = 0.1  # of the outputs, from where on a repaired model is repaired again
@@ -71,9 +75,9 @@ def clean(
     """Removes what a scan of model finds and writes the repaired pipeline to out, complete or not at all.
 
     Repairs and rescans again, with what the rescans found added, until nothing that was found fires any more and no
-    faint noise leads to its target, or ROUNDS have passed; where it does all the same the verdict is undecided. A
-    repair that harms the model's own clean samples (guard.py) makes the verdict undecided too, and nothing is written.
-    data: a folder or stock name of clean images; else synthetic images that the model samples itself. force: repair
+    faint noise leads to its target, or ROUNDS have passed; where it does all the same the verdict is undecided, and
+    where much of the loss of what was found is left. A repair that harms the model's own clean samples (guard.py)
+    makes the verdict undecided too, and nothing is written. data: a folder or stock name of clean images; else synthetic images that the model samples itself. force: repair
     also what the scan calls clean. keep: write also what the rescan calls backdoored, or the repair harmed. The limits
     hold for each scan. dtype bfloat16: the repair too computes in it, on weights in float32. A run that was killed in a
     repair goes on there when it is started again, from a file beside out.
@@ -218,6 +222,8 @@ def report_of(
     if done.fires:
         why = f"{after.reason}, but noise still leads to an image that was found before"
         parts |= {"verdict": "undecided", "reason": why}
+    elif (before.verdict, after.verdict) == ("backdoored", "clean") and any(is_loose(model, f) for f in done.findings):
+        parts |= {"verdict": "undecided", "reason": f"{after.reason}, but {NEAR_AT_BEST}"}
     if done.harm and after.verdict != "backdoored":
         parts |= {"verdict": "undecided", "reason": f"the repair harmed the model: {'; '.join(done.harm)}"}
     return CleanReport(**parts, before=before)
