@@ -76,12 +76,12 @@ def clean(
 
     Repairs and rescans again, with what the rescans found added, until nothing that was found fires any more and no
     faint noise leads to its target, or ROUNDS have passed; where it does all the same the verdict is undecided, and
-    where much of the loss of what was found is left. A repair that harms the model's own clean samples (guard.py)
-    makes the verdict undecided too, and nothing is written. data: a folder or stock name of clean images; else synthetic images that the model samples itself. force: repair
-    also what the scan calls clean. keep: write also what the rescan calls backdoored, or the repair harmed. The limits
-    hold for each scan. dtype bfloat16: the repair too computes in it, on weights in float32. A run that was killed in a
-    repair goes on there when it is started again, from a file beside out.
-    Raises ElijahError when out is in use, and for what scan raises it.
+    where much of the loss of what was found is left. A repair that harms the model's own clean samples (guard.py) makes
+    the verdict undecided too, and nothing is written. data: a folder or stock name of clean images; else synthetic
+    images that the model samples itself. force: repair also what the scan calls clean. keep: write also what the rescan
+    calls backdoored, or the repair harmed. The limits hold for each scan. dtype bfloat16: the repair too computes in
+    it, on weights in float32. A run that was killed in a repair goes on there when it is started again, from a file
+    beside out. Raises ElijahError when out is in use, and for what scan raises it.
     """
     if repair not in REPAIRS:
         raise ElijahError(f"unknown repair {repair!r}: use one of {', '.join(REPAIRS)}")
