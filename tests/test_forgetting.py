@@ -11,7 +11,7 @@ from oracle import late_oracle, oracle
 from elijah.detection import Evidence
 from elijah.detectors import LossFit
 from elijah.detectors.forgetting import LATE, Forgetting, estimates, spread, spreads
-from elijah.detectors.hypothesis import FULL, Hypothesis
+from elijah.detectors.hypothesis import HALF, Hypothesis
 from elijah.detectors.search import Search
 from elijah.diffusion import Model, generator_for, no_progress
 
@@ -106,7 +106,7 @@ def test_triggers_side_by_side_are_told_apart_as_one_by_one() -> None:
 def test_where_a_loss_nearly_fits_and_fires_a_late_trigger_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be undecided; another family's loss fits and fires as well."""
     model, r, y = oracle(SHAPE), trigger(), target()
-    near, late = Hypothesis(FULL, r, y, loss_ratio=1.07 * FULL.max_if_fires), Hypothesis(LATE, r, y, loss_ratio=0.02)
+    near, late = Hypothesis(HALF, r, y, loss_ratio=1.07 * HALF.max_if_fires), Hypothesis(LATE, r, y, loss_ratio=0.02)
     drawing = generator_for(5)
     monkeypatch.setattr(Search, "__call__", lambda self, model, g, fitted, progress: fitted.append(near))
     monkeypatch.setattr(LossFit, "fit", lambda self, *_: [])
