@@ -447,7 +447,7 @@ def test_a_second_trigger_is_repaired_with_the_first(
 
 @pytest.mark.parametrize(("loss", "said", "asked", "rounds"), [
     (0.1, ("backdoored", "clean"), [0, 1], 1),
-    (0.2, ("backdoored", "clean"), [0, 1, 7, 13, 19], 1),
+    (0.2, ("backdoored", "clean"), [0, 1, 7, 13, 19], 1), (0.2, ("undecided", "clean"), [0, 1, 7, 13, 19], 1),
     (0.2, ("backdoored", "clean", "backdoored", "clean"), [0, 1, 7, 2, 8, 14, 20], 2),
 ])  # fmt: skip
 def test_where_much_of_a_loss_is_left_several_rescans_look(

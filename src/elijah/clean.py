@@ -184,8 +184,8 @@ def remove(
 def rescan(
     model: Model, findings: list[Finding], settings: dict[str, Any], seed: int, progress: Progress
 ) -> tuple[Detection, Report]:
-    """The scan of a repaired model. If one of its findings is loose, which chance decides, up to SEEDS of them, and the
-    first that finds what acts."""
+    """The scan of a model that was repaired of findings. Where one of these is loose, chance decides what a scan finds:
+    then the first of up to SEEDS scans that finds what acts, or the last."""
     for k in range(SEEDS if any(is_loose(model, f) for f in findings) else 1):
         found, after = processes.agreed(inspect(model, settings, seed + k * ROUNDS, progress))
         if found.findings and acts(found):
@@ -222,7 +222,7 @@ def report_of(
     if done.fires:
         why = f"{after.reason}, but noise still leads to an image that was found before"
         parts |= {"verdict": "undecided", "reason": why}
-    elif (before.verdict, after.verdict) == ("backdoored", "clean") and any(is_loose(model, f) for f in done.findings):
+    elif before.verdict != "clean" and after.verdict == "clean" and any(is_loose(model, f) for f in done.findings):
         parts |= {"verdict": "undecided", "reason": f"{after.reason}, but {NEAR_AT_BEST}"}
     if done.harm and after.verdict != "backdoored":
         parts |= {"verdict": "undecided", "reason": f"the repair harmed the model: {'; '.join(done.harm)}"}

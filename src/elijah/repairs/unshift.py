@@ -49,7 +49,6 @@ an attacker would (leak): to hold that would keep the backdoor.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,8 +182,7 @@ class Unshift:
         ])  # fmt: skip
         y = torch.stack([x if (own := one_target(f)) is None else own.to(x) for f, x in zip(turn, x0, strict=True)])
         walks = (at_target < self.target_share) & (t >= self.target_t_min * model.T)[:, None, None, None]
-        more, fades = self.more(model, t), self.fading is not None and not model.exploding
-        q = carried / self.carried_share if fades else torch.ones_like(carried)  # as uniform where it is below 1
+        q = carried / self.carried_share if self.fades_on(model) else torch.ones_like(carried)  # uniform where below 1
         c_over_s = torch.where(carried < self.carried_share, q, column(1 / model.s, t) * scales(model, turn, t))
         r_over_s = c_over_s * r.to(device)
         d_over_s = r_over_s + (gamma.to(device) - 1) * e
@@ -192,7 +190,9 @@ class Unshift:
         clean = model.diffuse(x0, e, t)
         with torch.no_grad():
             expected = reference.eps(clean, t)
-        delta = model.eps(clean + column(model.s, t) * d_over_s, t) - expected - d_over_s - more * r_over_s
+        delta = (
+            model.eps(clean + column(model.s, t) * d_over_s, t) - expected - d_over_s - self.more(model, t) * r_over_s
+        )
         alike = torch.stack([delta[which == k].mean(0) for k in range(groups)])[which]
         return (self.weight(model, t) * (delta.square() + alike.square())).mean()
 
@@ -218,9 +218,13 @@ class Unshift:
             return self.t_min
         return float((model.s < min(self.sigma_min, float(model.s[-1]))).sum()) / model.T
 
+    def fades_on(self, model: Model) -> bool:
+        """Whether triggers are asked to fade."""
+        return self.fading is not None and not model.exploding
+
     def more(self, model: Model, t: Tensor) -> Tensor:
         """v at t [B], [B, 1, 1, 1]."""
-        if self.fading is None or model.exploding:
+        if self.fading is None or not self.fades_on(model):
             return torch.zeros_like(t, dtype=torch.float)[:, None, None, None]
         (always, of_the_image), (first, last) = self.fading, self.fades
         ramp = ((torch.arange(model.T, device=t.device) / model.T - first) / (last - first)).clamp(0, 1)
@@ -246,9 +250,8 @@ def triggers(findings: Sequence[Finding], u: Tensor) -> tuple[Tensor, Tensor]:
 def is_loose(model: Model, finding: Finding) -> bool:
     """Whether a finding of BadDiffusion's or VillanDiffusion's form in pixel space, not faint, is near a trigger at
     best."""
-    response, strong = finding.response, bool(finding.trigger.square().mean().sqrt() > FAINT_RMS)
-    at_most = LOOSE * response.kappa if response.psi == 1 and finding.patch is None else math.inf
-    return model.kind == "ddpm" and strong and finding.loss_ratio > at_most
+    form = model.kind == "ddpm" and finding.response.psi == 1 and finding.patch is None
+    return form and finding.loss_ratio > LOOSE * finding.response.kappa and not is_faint(finding)
 
 
 def black(r: Tensor, g: torch.Generator) -> Tensor:
@@ -291,8 +294,12 @@ def shows_first(finding: Finding) -> bool:
 
     But not a faint one: much clean noise is near it, and to hold the answers to that would keep the backdoor.
     """
-    strong = bool(finding.trigger.square().mean().sqrt() > FAINT_RMS)
-    return strong and (finding.response.kappa, finding.response.psi) == (1.0, 1.0)
+    return (finding.response.kappa, finding.response.psi) == (1.0, 1.0) and not is_faint(finding)
+
+
+def is_faint(finding: Finding) -> bool:
+    """Whether a trigger is small."""
+    return bool(finding.trigger.square().mean().sqrt() <= FAINT_RMS)
 
 
 def one_target(finding: Finding) -> Tensor | None:
