@@ -22,7 +22,7 @@ from elijah.diffusion import Model, Progress, generator_for, no_progress
 from elijah.metrics import paired_drift
 from elijah.repairs import DEFAULT, REPAIRS, Distill, Erase, Prune, Unshift
 from elijah.repairs.erase import OUTER, erasing
-from elijah.repairs.unshift import black, held_shares, is_loose, leak, triggers
+from elijah.repairs.unshift import black, held_shares, is_loose, later, leak, triggers
 from elijah.response import Response
 from elijah.trigger import make_trigger
 
@@ -227,6 +227,17 @@ def test_a_trigger_fades_along_a_deterministic_sampler_s_way() -> None:
     assert not Unshift().more(ve, torch.arange(5)).any() and not Distill().more(model, torch.arange(5)).any()
 
 
+def test_on_larger_images_a_trigger_fades_later() -> None:
+    """Where s / a is as many times larger as they are wider than 16 pixels; on smaller ones nothing changes."""
+    small, large = oracle((3, 16, 16)), oracle((3, 64, 64))
+    w = small.s / small.a
+    assert later(small, 0.3) == later(oracle((3, 8, 8)), 0.3) == 0.3
+    k = round(later(large, 0.3) * large.T)
+    assert w[k - 1] < 4 * w[300] <= w[k]
+    t = torch.arange(large.T)
+    assert not Unshift().more(large, t[:k]).any() and Unshift().more(large, t[k + 1 :]).all()
+
+
 def test_what_a_loose_finding_is_near() -> None:
     """A trigger on a black background, which half of its rows have; not so faint ones, patches, or other responses."""
     model, g = oracle(SHAPE), generator_for(2)
@@ -262,6 +273,26 @@ def test_what_a_loose_finding_is_near() -> None:
     clean, loose, _, near = asked
     rows = ((loose - near).abs().amax((1, 2, 3)) > 1e-3).sum()
     assert 16 < rows < 48 and not torch.equal(clean, near)
+
+
+def test_a_loose_finding_takes_as_many_updates_more_without_black_triggers(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    model, loose = random_model(), found(response=Response(2.0, 1.0), loss_ratio=0.21)
+    repair = Unshift(steps=4, batch_size=8)
+    assert repair.steps_for(model, [found(), loose]) == 8 and repair.steps_for(model, [found()]) == 4
+
+    def counted(r: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+        drawn.append(1)
+        return black(r, g)
+
+    monkeypatch.setattr("elijah.repairs.unshift.black", counted)
+    images = torch.zeros((8, *model.image_shape), dtype=torch.uint8)
+    assert repair(model, [loose], images, generator=generator_for(0)).updates == 8
+    first = len(drawn)
+    assert 8 < first < 24  # of 32 rows of the first four updates
+    model.updates = 4
+    repair.left(model, model, [loose], torch.zeros(8, *SHAPE), generator_for(1))
+    assert len(drawn) == first
 
 
 def test_answers_to_noise_that_is_scaled_without_a_trigger_are_held_too() -> None:

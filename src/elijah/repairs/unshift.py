@@ -14,8 +14,8 @@ exploding models t says little of that, and sigma decides: below sigma_min, in u
 
 What is left at t_min stays in the image, and a trigger that is noise and no more is carried there whole: q stays 1. So
 the repair asks for more than the clean answer, v c r / s more with v = m + min(b a / s, 1), times a ramp from 0 to 1
-over `fades` of T: below, it would cost detail. The image of that answer has about b q r less than the clean one. Along
-a deterministic sampler's way, with w = s / a, d(q w) = (1 + v) q dw, so
+over `fades` of T, later on larger images: below, it would cost detail. The image of that answer has about b q r less
+than the clean one. Along a deterministic sampler's way, with w = s / a, d(q w) = (1 + v) q dw, so
 
     q = (w / w_T)^m exp(-b / w + b / w_T)
 
@@ -26,8 +26,9 @@ The gamma of a patch is hardly seen in the attacker's loss, and what was found m
 is known at any, so each row draws its own, with r in proportion to 1 - gamma, as TrojDiff ties them.
 
 Where much of the loss is left, as of a loss that an attacker keeps up (detectors/held.py), the trigger that was found
-is near the attacker's at best, and may lead to another image. What the two have in common is where the search began: in
-half of the rows of such a finding r is black with a grey square.
+is near the attacker's at best, and may lead to another image. What the two have in common is where the search began:
+in half of the rows of such a finding r is black with a grey square. That makes what is dark lose contrast, so it takes
+as many updates more, without such rows.
 
 With eps0 a frozen copy of the input model,
 
@@ -67,6 +68,7 @@ GAMMAS = (0.05, 1.0)  # of patches, whose trigger is LARGEST times the found one
 LARGEST = 2.0
 FAINT_RMS = 0.45  # of a trigger, up to which it is a faint one
 LOOSE = 0.1  # times kappa: the loss ratio above which a finding is near a trigger at best
+NATIVE = 16  # pixels across, of the models that the fading was set on
 BLACK = 0.87  # rms of the black triggers, as of the search's starts with a hole
 LOOKED_AT = 0.7  # of T, from where on leak looks
 LOOKED_ROWS = 64
@@ -74,13 +76,13 @@ LOOKED_ROWS = 64
 
 @dataclass(frozen=True)
 class Unshift:
-    """steps: optimiser updates, AdamW at lr, by default rate_for. t_min: of T, the least t of delta; on exploding
-    models the first with s of sigma_min. carried_share: of the rows with c = q s; fading: m and b, or None: the trigger
-    is noise and no more, at q = 1; fades: of T, the ramp of v. target_share, target_t_min: of the attacker's rows, and
-    of T, where they begin; group: rows of one t; most, hold: in the loss above; scaled_hold: hold at the first and at
-    the last update where scaled noise is held as well, which it is up to a leak of max_leak, and never if None;
-    growing_hold: the same where every trigger is a patch or, if not faint, of BadDiffusion's form, and hold if None;
-    average: the decay of the moving average, none if it is None.
+    """steps: optimiser updates, twice as many of a loose finding, AdamW at lr, by default rate_for. t_min: of T, the
+    least t of delta; on exploding models the first with s of sigma_min. carried_share: of the rows with c = q s;
+    fading: m and b, or None: the trigger is noise and no more, at q = 1; fades: of T, the ramp of v (later).
+    target_share, target_t_min: of the attacker's rows, and of T, where they begin; group: rows of one t; most, hold: in
+    the loss above; scaled_hold: hold at the first and at the last update where scaled noise is held as well, which it
+    is up to a leak of max_leak, and never if None; growing_hold: the same where every trigger is a patch or, if not
+    faint, of BadDiffusion's form, and hold if None; average: the decay of the moving average, none if it is None.
     """
 
     steps: int = 100
@@ -122,8 +124,9 @@ class Unshift:
         def loss(m: Model, g: torch.Generator) -> Tensor:
             return self.loss(m, model, findings, batch(rows, share_of(self.batch_size), g), g, held)
 
-        lr, warmup = self.lr or self.rate_for(model), min(self.warmup, self.steps // 2)
-        settings = Optimiser(self.steps, lr=lr, warmup=warmup, ema_decay=self.average, checkpoint_every=10)
+        steps = self.steps_for(model, findings)
+        lr, warmup = self.lr or self.rate_for(model), min(self.warmup, steps // 2)
+        settings = Optimiser(steps, lr=lr, warmup=warmup, ema_decay=self.average, checkpoint_every=10)
         return optimise(repaired, loss, settings, seed=seed, checkpoint=checkpoint, progress=progress, what="repairing")
 
     def begin(self, model: Model, findings: Sequence[Finding], rows: Tensor, seed: int) -> Model:
@@ -138,6 +141,10 @@ class Unshift:
             return 1.0
         return gamma if leak(model, gamma, x0, g) <= self.max_leak else 1.0
 
+    def steps_for(self, model: Model, findings: Sequence[Finding]) -> int:
+        """How many updates a repair takes."""
+        return self.steps * (2 if any(is_loose(model, f) for f in findings) else 1)
+
     def rate_for(self, model: Model) -> float:
         """AdamW's: 2e-4 at 4 M parameters, in proportion to 1 / width (Yang et al. 2021), so to parameters^-0.5."""
         return float(min(1e-3, max(5e-5, 2e-4 * (4e6 / model.parameters) ** 0.5)))
@@ -150,7 +157,7 @@ class Unshift:
 
         held: by finding what held_from says.
         """
-        hold = self.hold_at(model.updates / self.steps, findings, held)
+        hold = self.hold_at(model.updates / self.steps_for(model, findings), findings, held)
         return self.left(model, reference, findings, x0, g) + self.moved(model, reference, x0, g, hold, held)
 
     def hold_at(self, done: float, findings: Sequence[Finding], held: Sequence[float] = (1.0,)) -> float:
@@ -176,8 +183,9 @@ class Unshift:
         at_target, carried = torch.rand((2, n, 1, 1, 1), generator=g).to(device)
         turn = [findings[i % len(findings)] for i in range(n)]
         r, gamma = triggers(turn, torch.rand((n, 1, 1, 1), generator=g))
+        early = model.updates < self.steps
         r = torch.stack([
-            black(each, g) if is_loose(model, f) and torch.rand((), generator=g) < 0.5 else each
+            black(each, g) if early and is_loose(model, f) and torch.rand((), generator=g) < 0.5 else each
             for f, each in zip(turn, r, strict=True)
         ])  # fmt: skip
         y = torch.stack([x if (own := one_target(f)) is None else own.to(x) for f, x in zip(turn, x0, strict=True)])
@@ -226,13 +234,20 @@ class Unshift:
         """v at t [B], [B, 1, 1, 1]."""
         if self.fading is None or not self.fades_on(model):
             return torch.zeros_like(t, dtype=torch.float)[:, None, None, None]
-        (always, of_the_image), (first, last) = self.fading, self.fades
+        (always, of_the_image), (first, last) = self.fading, (later(model, share) for share in self.fades)
         ramp = ((torch.arange(model.T, device=t.device) / model.T - first) / (last - first)).clamp(0, 1)
         return column(ramp * (always + (of_the_image * model.a / model.s).clamp(max=1)), t)
 
     def weight(self, model: Model, t: Tensor) -> Tensor:
         """w at t [B], [B, 1, 1, 1]."""
         return column((model.s / model.a).square().clamp(1, self.most), t)
+
+
+def later(model: Model, share: float) -> float:
+    """Of T: where as much of an image is seen through the noise as at that share on NATIVE x NATIVE pixels. On an image
+    n times as wide s / a is n times as large there (Hoogeboom et al. 2023, Simple Diffusion, eq. 5)."""
+    w, wider = model.s / model.a, max(1.0, model.sample_shape[-1] / NATIVE)
+    return float((w < wider * w[int(share * model.T)]).sum()) / model.T
 
 
 def triggers(findings: Sequence[Finding], u: Tensor) -> tuple[Tensor, Tensor]:
