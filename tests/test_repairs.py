@@ -236,6 +236,8 @@ def test_on_larger_images_a_trigger_fades_later() -> None:
     assert w[k - 1] < 4 * w[300] <= w[k]
     t = torch.arange(large.T)
     assert not Unshift().more(large, t[:k]).any() and Unshift().more(large, t[k + 1 :]).all()
+    at_once = Unshift(fades=(0.3, 0.3)).more(small, torch.arange(small.T))
+    assert at_once.isfinite().all() and not at_once[:300].any() and at_once[301:].all()
 
 
 def test_what_a_loose_finding_is_near() -> None:

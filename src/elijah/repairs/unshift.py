@@ -235,7 +235,8 @@ class Unshift:
         if self.fading is None or not self.fades_on(model):
             return torch.zeros_like(t, dtype=torch.float)[:, None, None, None]
         (always, of_the_image), (first, last) = self.fading, (later(model, share) for share in self.fades)
-        ramp = ((torch.arange(model.T, device=t.device) / model.T - first) / (last - first)).clamp(0, 1)
+        length = max(last - first, 1 / model.T)
+        ramp = ((torch.arange(model.T, device=t.device) / model.T - first) / length).clamp(0, 1)
         return column(ramp * (always + (of_the_image * model.a / model.s).clamp(max=1)), t)
 
     def weight(self, model: Model, t: Tensor) -> Tensor:
@@ -245,7 +246,7 @@ class Unshift:
 
 def later(model: Model, share: float) -> float:
     """Of T: where as much of an image is seen through the noise as at that share on NATIVE x NATIVE pixels. On an image
-    n times as wide s / a is n times as large there (Hoogeboom et al. 2023, Simple Diffusion, eq. 5)."""
+    n times as wide s / a is n times as large there (Hoogeboom et al. 2023, Simple Diffusion)."""
     w, wider = model.s / model.a, max(1.0, model.sample_shape[-1] / NATIVE)
     return float((w < wider * w[int(share * model.T)]).sum()) / model.T
 
