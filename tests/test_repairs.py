@@ -178,9 +178,9 @@ def test_unshift_s_loss_in_closed_form(
     """For Gaussian data eps(x + d) - eps(x) = s d / v, v = a^2 s0^2 + s^2: what is left is (1 - s^2 / v) d / s.
 
     It vanishes for s0 = 0, where the clean network calls the whole shift noise, but for what is asked of the trigger
-    beyond that.
+    beyond that, if it leaves the noise as it is.
     """
-    model, one = oracle(SHAPE, s0=s0), target == "one"
+    model, one, fades = oracle(SHAPE, s0=s0), target == "one", fading is not None and response.gamma == 1
     finding = found(response=response, distribution=target == "distribution")
     finding = replace(finding, target=None) if target == "none" else finding
     rows = {"t_min": 0.1, "carried_share": 0.2, "target_share": 0.4, "target_t_min": 0.3}
@@ -195,20 +195,27 @@ def test_unshift_s_loss_in_closed_form(
     e_held = torch.randn(x0.shape, generator=g)
     a, s = (v[t][:, None, None, None] for v in (model.a, model.s))
     k = response.psi * (1 - a) + (1 - response.psi) * s
-    q = carried / 0.2 if fading else torch.ones_like(carried)
+    q = carried / 0.2 if fades else torch.ones_like(carried)
     r_over_s = torch.where(carried < 0.2, q, k / s) * finding.trigger
     d_over_s = r_over_s + (response.gamma - 1) * e
     walks = (at_target < 0.4) & (t >= 300)[:, None, None, None] & torch.tensor(one)
     d_over_s = d_over_s + walks * a / s * ((found().target if one else x0) - x0)
     ramp = ((t / 1000 - 0.3) / 0.1).clamp(0, 1)[:, None, None, None]
-    more = ramp * (fading[0] + (fading[1] * a / s).clamp(max=1)) if fading else 0.0
+    more = ramp * (fading[0] + (fading[1] * a / s).clamp(max=1)) if fading and fades else 0.0
     delta = -(1 - s**2 / (a**2 * s0**2 + s**2)) * d_over_s - more * r_over_s
     alike = delta.unflatten(0, (4, 16)).mean(1).repeat_interleave(16, 0)
     left = ((s / a).square().clamp(1, 7) * (delta.square() + alike.square())).mean().item()
     held = (model.eps(model.diffuse(x0, e_held, t_held), t_held) - e_held).square().mean().item()
     loss = repair.loss(model, model, [finding], x0, generator_for(2)).item()
     assert loss == pytest.approx(left + held, rel=1e-3)
-    assert left < 1e-3 if s0 == 0.02 and not fading else left > 1e-3
+    assert left < 1e-3 if s0 == 0.02 and not fades else left > 1e-3
+
+
+def test_what_is_asked_to_fade() -> None:
+    """Patches and what leaves the noise as it is; not what scales all of it."""
+    model, blend = oracle(SHAPE), found(response=Response(0.0, 0.0, 0.7))
+    assert Unshift().fades_on(model, found()) and Unshift().fades_on(model, replace(blend, patch=torch.ones(1, 8, 8)))
+    assert not Unshift().fades_on(model, blend) and not Unshift(fading=None).fades_on(model, found())
 
 
 def test_a_trigger_fades_along_a_deterministic_sampler_s_way() -> None:

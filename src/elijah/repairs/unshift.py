@@ -20,7 +20,8 @@ than the clean one. Along a deterministic sampler's way, with w = s / a, d(q w) 
     q = (w / w_T)^m exp(-b / w + b / w_T)
 
 as long as b < w and the ramp is 1: the trigger fades, and q in the rows is uniform between 0 and 1. Exploding models,
-whose samplers are stochastic, are asked for the clean answer at q = 1.
+whose samplers are stochastic, are asked for the clean answer at q = 1. So is a trigger that scales all of the noise: of
+what is left of it most is the scale, and to fade makes triggered outputs no more diverse.
 
 The gamma of a patch is hardly seen in the attacker's loss, and what was found may be far off. What a clean network says
 is known at any, so each row draws its own, with r in proportion to 1 - gamma, as TrojDiff ties them.
@@ -137,7 +138,7 @@ class Unshift:
         """The least share of the noise at which clean answers are held: gamma of a trigger that scales all of it, or 1
         where the scale is part of the trigger. x0: clean images [N, C, H, W]."""
         gamma = finding.response.gamma
-        if self.scaled_hold is None or finding.patch is not None or gamma >= 1:
+        if self.scaled_hold is None or not scales_noise(finding):
             return 1.0
         return gamma if leak(model, gamma, x0, g) <= self.max_leak else 1.0
 
@@ -190,7 +191,8 @@ class Unshift:
         ])  # fmt: skip
         y = torch.stack([x if (own := one_target(f)) is None else own.to(x) for f, x in zip(turn, x0, strict=True)])
         walks = (at_target < self.target_share) & (t >= self.target_t_min * model.T)[:, None, None, None]
-        q = carried / self.carried_share if self.fades_on(model) else torch.ones_like(carried)  # uniform where below 1
+        fades = torch.tensor([self.fades_on(model, f) for f in turn], device=device)[:, None, None, None]
+        q = torch.where(fades, carried / self.carried_share, 1.0)  # uniform where below 1
         c_over_s = torch.where(carried < self.carried_share, q, column(1 / model.s, t) * scales(model, turn, t))
         r_over_s = c_over_s * r.to(device)
         d_over_s = r_over_s + (gamma.to(device) - 1) * e
@@ -198,9 +200,8 @@ class Unshift:
         clean = model.diffuse(x0, e, t)
         with torch.no_grad():
             expected = reference.eps(clean, t)
-        delta = (
-            model.eps(clean + column(model.s, t) * d_over_s, t) - expected - d_over_s - self.more(model, t) * r_over_s
-        )
+        wanted = expected + d_over_s + fades * self.more(model, t) * r_over_s
+        delta = model.eps(clean + column(model.s, t) * d_over_s, t) - wanted
         alike = torch.stack([delta[which == k].mean(0) for k in range(groups)])[which]
         return (self.weight(model, t) * (delta.square() + alike.square())).mean()
 
@@ -226,13 +227,13 @@ class Unshift:
             return self.t_min
         return float((model.s < min(self.sigma_min, float(model.s[-1]))).sum()) / model.T
 
-    def fades_on(self, model: Model) -> bool:
-        """Whether triggers are asked to fade."""
-        return self.fading is not None and not model.exploding
+    def fades_on(self, model: Model, finding: Finding) -> bool:
+        """Whether a trigger is asked to fade: not one that scales all of the noise."""
+        return self.fading is not None and not model.exploding and not scales_noise(finding)
 
     def more(self, model: Model, t: Tensor) -> Tensor:
         """v at t [B], [B, 1, 1, 1]."""
-        if self.fading is None or not self.fades_on(model):
+        if self.fading is None or model.exploding:
             return torch.zeros_like(t, dtype=torch.float)[:, None, None, None]
         (always, of_the_image), (first, last) = self.fading, (later(model, share) for share in self.fades)
         length = max(last - first, 1 / model.T)
@@ -311,6 +312,11 @@ def shows_first(finding: Finding) -> bool:
     But not a faint one: much clean noise is near it, and to hold the answers to that would keep the backdoor.
     """
     return (finding.response.kappa, finding.response.psi) == (1.0, 1.0) and not is_faint(finding)
+
+
+def scales_noise(finding: Finding) -> bool:
+    """Whether a trigger scales all of the noise."""
+    return finding.patch is None and finding.response.gamma < 1
 
 
 def is_faint(finding: Finding) -> bool:
