@@ -21,7 +21,7 @@ than the clean one. Along a deterministic sampler's way, with w = s / a, d(q w) 
 
 as long as b < w and the ramp is 1: the trigger fades, and q in the rows is uniform between 0 and 1. Exploding models,
 whose samplers are stochastic, are asked for the clean answer at q = 1. So is a trigger that scales all of the noise: of
-what is left of it most is the scale, and to fade makes triggered outputs no more diverse.
+what is left of it most is the scale, and to fade makes triggered outputs hardly more diverse.
 
 The gamma of a patch is hardly seen in the attacker's loss, and what was found may be far off. What a clean network says
 is known at any, so each row draws its own, with r in proportion to 1 - gamma, as TrojDiff ties them.
