@@ -201,7 +201,7 @@ def test_unshift_s_loss_in_closed_form(
     walks = (at_target < 0.4) & (t >= 300)[:, None, None, None] & torch.tensor(one)
     d_over_s = d_over_s + walks * a / s * ((found().target if one else x0) - x0)
     ramp = ((t / 1000 - 0.3) / 0.1).clamp(0, 1)[:, None, None, None]
-    more = ramp * (fading[0] + (fading[1] * a / s).clamp(max=1)) if fading and fades else 0.0
+    more = ramp * (fading[0] + (fading[1] * a / s).clamp(max=1)) if fades else 0.0
     delta = -(1 - s**2 / (a**2 * s0**2 + s**2)) * d_over_s - more * r_over_s
     alike = delta.unflatten(0, (4, 16)).mean(1).repeat_interleave(16, 0)
     left = ((s / a).square().clamp(1, 7) * (delta.square() + alike.square())).mean().item()
@@ -216,6 +216,10 @@ def test_what_is_asked_to_fade() -> None:
     model, blend = oracle(SHAPE), found(response=Response(0.0, 0.0, 0.7))
     assert Unshift().fades_on(model, found()) and Unshift().fades_on(model, replace(blend, patch=torch.ones(1, 8, 8)))
     assert not Unshift().fades_on(model, blend) and not Unshift(fading=None).fades_on(model, found())
+    clean, x0 = oracle(SHAPE, s0=0.02), torch.zeros(64, *SHAPE)
+    rows = ([blend], [blend, found()], [found()])  # of two, each in its own rows
+    losses = [Unshift().left(clean, clean, findings, x0, generator_for(1)).item() for findings in rows]
+    assert losses[0] < 1e-3 < losses[1] < 0.7 * losses[2]
 
 
 def test_a_trigger_fades_along_a_deterministic_sampler_s_way() -> None:
@@ -231,7 +235,7 @@ def test_a_trigger_fades_along_a_deterministic_sampler_s_way() -> None:
     expected = float((w[least] / w[-1]) ** m * torch.exp(-b / w[least] + b / w[-1]))
     assert share / float(w[least]) == pytest.approx(expected, rel=0.02)
     ve = new_model(SHAPE, seed=0, channels=(8, 8), kind="ncsn")
-    assert not Unshift().more(ve, torch.arange(5)).any() and not Distill().more(model, torch.arange(5)).any()
+    assert not Unshift().fades_on(ve, found()) and not Distill().more(model, torch.arange(5)).any()
 
 
 def test_on_larger_images_a_trigger_fades_later() -> None:

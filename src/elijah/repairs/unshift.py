@@ -232,8 +232,8 @@ class Unshift:
         return self.fading is not None and not model.exploding and not scales_noise(finding)
 
     def more(self, model: Model, t: Tensor) -> Tensor:
-        """v at t [B], [B, 1, 1, 1]."""
-        if self.fading is None or model.exploding:
+        """v at t [B], of a trigger that is asked to fade, [B, 1, 1, 1]."""
+        if self.fading is None:
             return torch.zeros_like(t, dtype=torch.float)[:, None, None, None]
         (always, of_the_image), (first, last) = self.fading, (later(model, share) for share in self.fades)
         length = max(last - first, 1 / model.T)
